@@ -62,8 +62,8 @@ class TrainedModel(DrawnModel, Protocol):
 
     phase_settings: dict[str, float]  # what it runs with now
 
-    def hidden_states(self, batch: TokenBatch) -> Tensor:
-        """x_TC after the last norm."""
+    def hidden_states(self, batch: TokenBatch, *, at_M: Tensor | None = None) -> Tensor:
+        """x_TC after the last norm; or x_MC of tokens at_M alone, which may take less."""
 
     def hidden_matrices(self) -> dict[str, int]:
         """The matrices of the layers (what Muon orthogonalizes): how many stand in each, one above another."""

@@ -323,12 +323,16 @@ class PackedBody(nn.Module):
         """x_TC; under an engine this is replaced by the objective's loss."""
         return self.hidden_states(batch)
 
-    def hidden_states(self, batch: TokenBatch, *, embed: Embed | None = None) -> Tensor:
-        """x_TC after the last norm; `embed`: in place of its own embedding."""
+    def hidden_states(
+        self, batch: TokenBatch, *, embed: Embed | None = None, at_M: Tensor | None = None
+    ) -> Tensor:
+        """x_TC after the last norm, or x_MC of tokens at_M alone; `embed`: in place of its own embedding."""
         backend = choose_backend(
             self.attention, self._attention_request(batch.ids_T.device)
         ).backend
-        return self.model(batch, backend=backend, thetas=self.phase_settings, embed=embed)
+        return self.model(
+            batch, backend=backend, thetas=self.phase_settings, embed=embed, at_M=at_M
+        )
 
     def initial_values(self, name: str, shape: Sequence[int]) -> Tensor:
         """What a parameter starts with, whole: for an engine that builds the model in parts (ZeRO stage 3)."""
@@ -425,7 +429,7 @@ class PackedEncoder(PackedBody):
 
     def masked_states(self, batch: TokenBatch, index_M: Tensor) -> Tensor:
         """x_MC, from which the decoder tells what stood at masked tokens index_M."""
-        return self.hidden_states(batch).index_select(0, index_M)
+        return self.hidden_states(batch, at_M=index_M)
 
     def decode(self, x_MC: Tensor) -> Tensor:
         """Hidden states [M, C] -> logits [M, V]."""
@@ -477,13 +481,15 @@ class _Encoder(nn.Module):
         backend: Backend,
         thetas: Mapping[str, float],
         embed: Embed | None = None,
+        at_M: Tensor | None = None,
     ) -> Tensor:
-        """[T] ids -> [T, C]. What depends on the documents alone is made here, once, and shared by all layers.
+        """[T] ids -> [T, C], or [M, C]. What depends on the documents alone is made here, once, and shared by all layers.
 
         batch: the tokens
         backend: of attention
         thetas: of the rotary angles, by setting
         embed: in place of the embedding of its own
+        at_M: tokens whose states are asked; None: all
         """
         plan = backend.plan(
             batch.cu_seqlens_S1,
@@ -511,7 +517,7 @@ class _Encoder(nn.Module):
         run = nn.Module.__call__
         if self.recomputes and torch.is_grad_enabled():
             run = recomputed
-        for number, call in self.calls:
+        for layer, (number, call) in enumerate(self.calls, start=1):
             block = self.layers[number]
             x_TC = run(
                 block,
@@ -519,6 +525,8 @@ class _Encoder(nn.Module):
                 plan=plan,
                 rope=ropes[local_theta if block.local else global_theta],
                 dropout_key_T=key_of_call(batch.token_key_T, call),
+                # no layer behind the last one attends to the others
+                at_M=at_M if layer == len(self.calls) else None,
             )
         return self.final_norm(x_TC)
 

@@ -192,6 +192,8 @@ def train_flops(
 ) -> float:
     """Model FLOP of documents of these lengths forward and backward: 3 x forward (Kaplan et al. 2020, section 2.1).
 
+    Every layer at every token, also where the last one is computed for the positions that are decoded alone (encoder.nn.block).
+
     lengths: of the documents, in tokens
     decoded: positions that reach head and decoder
     sentences: texts that reach the pooler and the sentence head

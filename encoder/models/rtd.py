@@ -374,19 +374,19 @@ class ReplacedTokenModel(nn.Module):
         """States of both, of the same ids; under an engine this is replaced by the objective's loss."""
         return self.generator_states(batch), self.hidden_states(batch)
 
-    def generator_states(self, batch: TokenBatch) -> Tensor:
-        """x_TC of the generator, after its last norm."""
-        return self.generator.hidden_states(batch)
+    def generator_states(self, batch: TokenBatch, *, at_M: Tensor | None = None) -> Tensor:
+        """x_TC of the generator, after its last norm; or x_MC of tokens at_M alone."""
+        return self.generator.hidden_states(batch, at_M=at_M)
 
     def generator_decoder(self, x_MC: Tensor) -> TokenDecoder:
         """States [M, C] of the generator -> its head's output, and the decoder's weight and bias."""
         return self.generator.token_decoder(x_MC)
 
-    def hidden_states(self, batch: TokenBatch) -> Tensor:
-        """x_TC of the discriminator, after its last norm."""
+    def hidden_states(self, batch: TokenBatch, *, at_M: Tensor | None = None) -> Tensor:
+        """x_TC of the discriminator, after its last norm; or x_MC of tokens at_M alone."""
         keys_T = key_of_call(batch.token_key_T, SECOND_NETWORK)
         own = dataclasses.replace(batch, token_key_T=keys_T)
-        return self.discriminator.hidden_states(own, embed=self._embed())
+        return self.discriminator.hidden_states(own, embed=self._embed(), at_M=at_M)
 
     def replaced_logits(self, x_MC: Tensor) -> Tensor:
         """States [M, C] of the discriminator -> logits [M]: above 0, a token is not the text's own."""

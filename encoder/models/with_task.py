@@ -164,13 +164,13 @@ class _WithHead(nn.Module):
         self.dropout = HeadDropout(width=width, layer=0, p=head.dropout, place="head_output")
         self.classifier = nn.Linear(width, head.outputs)
 
-    def hidden_states(self, batch: TokenBatch) -> Tensor:
-        """x_TC: the body's."""
+    def hidden_states(self, batch: TokenBatch, *, at_M: Tensor | None = None) -> Tensor:
+        """x_TC, or x_MC of tokens at_M: the body's."""
         raise NotImplementedError
 
     def answers(self, batch: TokenBatch, index_M: Tensor) -> Tensor:
         """Logits [M, K] at tokens index_M; where a text is pooled they are the first tokens of documents."""
-        x_MC = pooled(self.hidden_states(batch), batch, index_M, self.place)
+        x_MC = pooled(self.hidden_states, batch, index_M, self.place)
         # a document's key is its first token's
         key_M = batch.token_key_T.index_select(0, index_M)
         return self.classifier(self.dropout(self.head(self.dropout_in(x_MC, key_M)), key_M))

@@ -269,9 +269,10 @@ class XlnetBody(nn.Module):
         """x_TC; under an engine this is replaced by the objective's loss."""
         return self.hidden_states(batch)
 
-    def hidden_states(self, batch: TokenBatch) -> Tensor:
-        """x_TC of the content stream, every token of which sees its whole document."""
-        return self.model(batch, plain_order(batch.positions_T, batch.segments_T))
+    def hidden_states(self, batch: TokenBatch, *, at_M: Tensor | None = None) -> Tensor:
+        """x_TC of the content stream, every token of which sees its whole document; or x_MC of tokens at_M."""
+        x_TC = self.model(batch, plain_order(batch.positions_T, batch.segments_T))
+        return x_TC if at_M is None else x_TC.index_select(0, at_M)
 
     def initial_values(self, name: str, shape: Sequence[int]) -> Tensor:
         """What a parameter starts with, whole: for an engine that builds the model in parts (ZeRO stage 3)."""
@@ -352,7 +353,7 @@ class Xlnet(XlnetBody):
         Without a query stream those of the content stream, which was trained on masks.
         """
         if not self.config.query_stream:
-            return self.hidden_states(batch).index_select(0, index_M)
+            return self.hidden_states(batch, at_M=index_M)
         targets = Targets(index_M=index_M, value_M=batch.ids_T[index_M], count=len(index_M))
         order = plain_order(batch.positions_T, batch.segments_T)
         # rank 1 is seen by none whose own is 1, and all are

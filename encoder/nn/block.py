@@ -37,26 +37,43 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm_place, self.local = norm_place, local
+        self.compiled = False
         self.attn_norm, self.attn, self.attn_dropout = attn_norm, attn, attn_dropout
         self.mlp_norm = mlp_norm
         self.mlp = mlp
         self.mlp_dropout = mlp_dropout
 
     def forward(
-        self, x_TC: Tensor, *, plan: Plan, rope: Tensor | None, dropout_key_T: Tensor
+        self,
+        x_TC: Tensor,
+        *,
+        plan: Plan,
+        rope: Tensor | None,
+        dropout_key_T: Tensor,
+        at_M: Tensor | None = None,
     ) -> Tensor:
-        """[T, C] -> [T, C]."""
+        """[T, C] -> [T, C], or of tokens at_M alone [M, C].
+
+        x_TC: the stream
+        plan: of attention
+        rope: table of the layer's angles
+        dropout_key_T: what decides which features are dropped
+        at_M: int64, whose states are asked; of the others all behind attention is left out, where no fixed shape is compiled
+        """
         if plan.traceable:
-            return self.full(x_TC, plan, rope, dropout_key_T)
+            return _rows(self.full(x_TC, plan, rope, dropout_key_T), at_M)
         q_THD, k_THD, v_THD = self.pre_attention(x_TC, rope)
         out_THD = plan(q_THD, k_THD, v_THD, local=self.local)
-        return self.post_attention(x_TC, out_THD, dropout_key_T)
+        if self.compiled:
+            return _rows(self.post_attention(x_TC, out_THD, dropout_key_T), at_M)
+        return self.post_attention(*(_rows(x, at_M) for x in (x_TC, out_THD, dropout_key_T)))
 
     def compile_(self, *, backend: str = "inductor") -> None:
         """From now on its parts run compiled, one graph for each shape; all blocks of a process share the graphs."""
         # kept by the code's place, so for all models and modes of a process: training, evaluation and the fixed batch of one
         # run are 6 already, torch's limit is 8, and beyond it a full graph raises
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        self.compiled = True
         for part in ("pre_attention", "post_attention", "full"):
             setattr(
                 self,
@@ -86,3 +103,7 @@ class Block(nn.Module):
         x_TC = self.attn_norm(x_TC)
         out_TC = self.mlp(x_TC, dropout_key_T)
         return self.mlp_norm(self.mlp_dropout(x_TC, out_TC, dropout_key_T))
+
+
+def _rows(x: Tensor, at_M: Tensor | None) -> Tensor:
+    return x if at_M is None else x.index_select(0, at_M)

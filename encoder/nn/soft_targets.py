@@ -18,7 +18,7 @@ from torch import Tensor
 from encoder.base.batch import IGNORE, LossTerm
 from encoder.base.pieces import piece_rows
 from encoder.nn.heads import TokenDecoder
-from encoder.nn.loss import PIECE_POSITIONS, add_product_, scaled
+from encoder.nn.loss import PIECE_POSITIONS, added_product, scaled
 
 
 def soft_target_sum(
@@ -105,11 +105,10 @@ class _SoftTargetSum(torch.autograd.Function):
         with torch.autocast(h_MC.device.type, enabled=False):
             own = _Product(TokenDecoder(h_MC, weight_VC, bias_V), dtype, exact)
             theirs = _Product(teacher, dtype, exact)
-            d_bias = None
+            d_weight = d_bias = None
             if with_gradients:
                 # d_h is written once; the others are summed over pieces, so in fp32 or fp64
                 d_h = torch.empty_like(h_MC)
-                d_weight = torch.zeros_like(weight_VC, dtype=exact)
                 if own.bias_V is not None:
                     d_bias = torch.zeros_like(own.bias_V)
             for start in range(0, len(target_M), piece):
@@ -126,12 +125,14 @@ class _SoftTargetSum(torch.autograd.Function):
                 ).sum()
                 if with_gradients:  # in the place of the logits stands their gradient
                     d_h[part] = logits_mV @ own.weight_VC
-                    add_product_(d_weight, logits_mV.T, own.h_MC[part])
+                    d_weight = added_product(d_weight, logits_mV.T, own.h_MC[part], dtype=exact)
                 # or they stand beside the next piece's
                 del logits_mV, teacher_mV
         if with_gradients:
             if bias_V is not None and d_bias is not None:
                 d_bias = d_bias.to(bias_V.dtype)
+            if d_weight is None:  # no positions
+                d_weight = torch.zeros_like(weight_VC)
             ctx.save_for_backward(d_h, d_weight.to(weight_VC.dtype), d_bias)
         count = (target_M != IGNORE).sum()
         correct = torch.zeros_like(count)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -22,26 +23,29 @@ Activation = Literal["tanh", "relu", "gelu"]
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "gelu": F.gelu}
 
 
-def pooled(x_TC: Tensor, batch: TokenBatch, first_M: Tensor, place: Place) -> Tensor:
+def pooled(
+    states: Callable[..., Tensor], batch: TokenBatch, first_M: Tensor, place: Place
+) -> Tensor:
     """A vector [M, C] of each document asked about.
 
-    x_TC: hidden states
-    batch: whose documents they are of
-    first_M: int64, the first token of each document
+    states: a model's hidden_states
+    batch: whose documents are asked about
+    first_M: int64, the first token of each
     place: cls, mean, or last
     """
     if place == "cls":
-        return x_TC.index_select(0, first_M)
+        return states(batch, at_M=first_M)
 
     # the document of a token: documents that begin at it or before, less one. Empty documents
     # repeat the total at the end, where no token is
     starts_S1 = batch.cu_seqlens_S1.to(torch.int64)
-    tokens_T = torch.arange(len(x_TC), device=x_TC.device)
+    tokens_T = torch.arange(len(batch.ids_T), device=starts_S1.device)
     document_T = torch.searchsorted(starts_S1, tokens_T, right=True) - 1
     if place == "last":
         ends_M = starts_S1[1:].index_select(0, document_T.index_select(0, first_M))
-        return x_TC.index_select(0, ends_M - 1)
+        return states(batch, at_M=ends_M - 1)
 
+    x_TC = states(batch)
     exact = torch.promote_types(x_TC.dtype, torch.float32)
     sums_SC = x_TC.new_zeros(len(starts_S1) - 1, x_TC.shape[1], dtype=exact)
     sums_SC = sums_SC.index_add(0, document_T, x_TC.to(exact))

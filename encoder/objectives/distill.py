@@ -231,7 +231,7 @@ class Distillation(MaskedLanguageModel):
     def _teacher_states(self, batch: TokenBatch, index_M: Tensor) -> Tensor:
         assert self.teacher is not None, "the loss of a distillation without a teacher"
         with torch.no_grad():
-            return self.teacher.hidden_states(batch).index_select(0, index_M)
+            return self.teacher.hidden_states(batch, at_M=index_M)
 
     def _soft_loss(
         self, model: TokenModel, x_MC: Tensor, taught_MC: Tensor, asked: Targets

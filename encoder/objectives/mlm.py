@@ -228,8 +228,8 @@ class TokenModel(Protocol):
 
     training: bool
 
-    def hidden_states(self, batch: TokenBatch) -> Tensor:
-        """x_TC after the last norm."""
+    def hidden_states(self, batch: TokenBatch, *, at_M: Tensor | None = None) -> Tensor:
+        """x_TC after the last norm, or x_MC of tokens at_M."""
 
     def token_decoder(self, x_MC: Tensor) -> TokenDecoder:
         """The prediction head's output at some positions, and the decoder."""
@@ -245,12 +245,12 @@ def mlm_loss(
     x_TC: the batch's hidden states, where another loss term has them already
     z_loss_weight: times logsumexp(logits)^2, added at each of them in training
     """
+    # head and decoder, and the last layer behind its attention, see the masked positions alone: M of T
     targets = batch.targets[MLM]
     if x_TC is None:
-        x_TC = model.hidden_states(batch)
-
-    # head and decoder see the masked positions alone: M of T
-    x_MC = x_TC.index_select(0, targets.index_M)
+        x_MC = model.hidden_states(batch, at_M=targets.index_M)
+    else:
+        x_MC = x_TC.index_select(0, targets.index_M)
     if not model.training:
         z_loss_weight = 0.0
     return cross_entropy_sum(

@@ -91,8 +91,8 @@ class DetectingModel(Protocol):
 
     training: bool
 
-    def generator_states(self, batch: TokenBatch) -> Tensor:
-        """x_TC of the generator, after its last norm."""
+    def generator_states(self, batch: TokenBatch, *, at_M: Tensor | None = None) -> Tensor:
+        """x_TC of the generator, after its last norm; or x_MC of tokens at_M."""
 
     def generator_decoder(self, x_MC: Tensor) -> TokenDecoder:
         """The generator's head at some positions, and its decoder."""
@@ -168,7 +168,7 @@ class ReplacedTokens(MaskedLanguageModel):
         self, model: DetectingModel, batch: TokenBatch, masked: Targets
     ) -> tuple[LossTerm, Tensor]:
         """The generator's loss, and an id [M] drawn at each masked position."""
-        x_MC = model.generator_states(batch).index_select(0, masked.index_M)
+        x_MC = model.generator_states(batch, at_M=masked.index_M)
         draws = Draws(
             key_M=batch.token_key_T.index_select(0, masked.index_M),
             temperature=self.config.temperature,

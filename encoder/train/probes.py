@@ -244,8 +244,8 @@ def _embedded(examples: Examples, engine: Engine, *, world: World, run: RunConfi
     mine: list[NumberedBatch] = in_order(examples, term=term, dealing=dealing)
 
     def means(model: Any, batch: TokenBatch) -> Tensor:
-        x_TC = model.hidden_states(batch)
-        return pooled(x_TC, batch, batch.targets[term].index_M, "mean").float()
+        first_M = batch.targets[term].index_M
+        return pooled(model.hidden_states, batch, first_M, "mean").float()
 
     return answered(
         engine,

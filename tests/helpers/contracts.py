@@ -56,7 +56,25 @@ def check_model(config: ModelConfig, *, atol: float = 1e-6) -> Model:
             alone = model.hidden_states(packed_documents([document]))
             assert torch.allclose(alone, found, atol=atol), "a document sees its neighbours"
     model.train()
+    _check_states_of_some(model, packed_documents(documents), atol=atol)
     return model
+
+
+def _check_states_of_some(model: Model, batch: TokenBatch, *, atol: float) -> None:
+    """hidden_states at a few tokens, one of them twice, and at none: values and gradients, the same features dropped."""
+    for index_M in (torch.tensor([0, 4, 6, 6, 14]), torch.tensor([], dtype=torch.int64)):
+        found = []
+        for x_MC in (
+            model.hidden_states(batch).index_select(0, index_M),
+            model.hidden_states(batch, at_M=index_M),
+        ):
+            model.zero_grad()
+            x_MC.sin().sum().backward()
+            found.append([x_MC.detach(), *(p.grad for p in model.parameters())])
+        for whole, some in zip(*found, strict=True):
+            if whole is not None or some is not None:
+                assert torch.allclose(whole, some, atol=atol), "states of some tokens differ"
+    model.zero_grad()
 
 
 def check_objective(

@@ -94,7 +94,7 @@ def test_flops_are_those_of_every_call_by_torchs_counter(monkeypatch, config):
     monkeypatch.setattr(shared, "choose_backend", lambda *_: SimpleNamespace(backend=backend))
     model, batch = build_model(config, seed=0), packed(lengths, vocab=60)
     with FlopCounterMode(display=False) as both:
-        mlm_loss(model, batch).total.backward()
+        mlm_loss(model, batch, x_TC=model.hidden_states(batch)).total.backward()
     assert both.get_total_flops() == config.train_flops(lengths=lengths, targets=batch.counts)
 
 

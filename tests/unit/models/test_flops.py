@@ -98,11 +98,25 @@ def test_flops_equal_torchs_counter_forward_and_backward(monkeypatch, setting, l
     model, batch = ModernBertForMaskedLM(config), packed(lengths, vocab=96)
     expected = config.train_flops(lengths=lengths, targets=batch.counts)
     with torch.no_grad(), FlopCounterMode(display=False) as forward:
-        mlm_loss(model, batch)
+        mlm_loss(model, batch, x_TC=model.hidden_states(batch))
     assert 3 * forward.get_total_flops() == expected
     with FlopCounterMode(display=False) as both:
-        mlm_loss(model, batch).total.backward()
+        mlm_loss(model, batch, x_TC=model.hidden_states(batch)).total.backward()
     assert both.get_total_flops() == expected
+
+
+def test_of_tokens_that_are_not_asked_all_behind_the_last_attention_is_left_out(monkeypatch):
+    """By torch's counter: 3 x 2 for each number of Wo and the MLP and each such token; also where a global layer is last."""
+    lengths = [9, 1, 17, 4]
+    backend = SimpleNamespace(plan=lambda *_, **__: WholeDocuments(lengths))
+    monkeypatch.setattr(shared, "choose_backend", lambda *_: SimpleNamespace(backend=backend))
+    model, batch = ModernBertForMaskedLM(SMALL), packed(lengths, vocab=96)
+    with FlopCounterMode(display=False) as asked:
+        mlm_loss(model, batch).total.backward()
+    whole = SMALL.train_flops(lengths=lengths, targets=batch.counts)
+    last = model.model.layers[-1]
+    numbers = sum(p.numel() for p in (last.attn.Wo.weight, *last.mlp.parameters()))
+    assert whole - asked.get_total_flops() == 3 * 2 * numbers * (sum(lengths) - batch.counts["mlm"])
 
 
 def test_a_sentence_head_costs_its_pooler_and_two_logits_for_each_pair(monkeypatch):
