@@ -58,6 +58,8 @@ def count_neighbours(
     outside = np.zeros(vocab_size, dtype=bool)
     outside[list(left_out)] = True
 
+    # half as wide sorts in half the time
+    key = np.int32 if vocab_size**2 <= 2**31 else np.int64
     keys, counts = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     tokens = 0
     for ids_T in _stretches(documents, gap=window):
@@ -70,8 +72,8 @@ def count_neighbours(
             are_text_N = (a_N >= 0) & (b_N >= 0)
             a_N, b_N = a_N[are_text_N], b_N[are_text_N]
             pairs_N = np.minimum(a_N, b_N) * vocab_size + np.maximum(a_N, b_N)
-            once, times = np.unique(pairs_N, return_counts=True)
-            found.append((once, times * (unit // distance)))
+            once, times = np.unique(pairs_N.astype(key), return_counts=True)
+            found.append((once.astype(np.int64), times * (unit // distance)))
         keys, counts = _added(found)
     return Neighbours(
         vocab_size=vocab_size,

@@ -149,22 +149,25 @@ def why_not_mimetic(shapes: Mapping[str, Sequence[int]]) -> str | None:
     return None
 
 
-def mimetic_values(name: str, drawn: Tensor, *, seed: int, strength: float) -> Tensor:
-    """A drawn parameter of a model whose attention begins by passing on what it sees, and whose head by letting it through.
+def mimetic_values(
+    name: str, drawn: Tensor, *, seed: int, strength: float, turns: Mapping[int, Tensor]
+) -> Tensor:
+    """A drawn parameter of a model whose attention begins by passing on what it sees, and whose head by scoring its neighbours.
 
         Wo Wv = strength x identity        Wv [A, C] orthogonal, drawn from the seed; Wo [C, A] its transpose times strength
-        head.dense = identity
+        head.dense = S                     of the vectors of tokens (encoder.nn.token_vectors)
 
     Where heads together are narrower than the stream (A < C), Wo Wv projects on A directions. All else stays as it is. Weights of
     attention that look like those of a trained model: Trockman and Kolter 2023, Mimetic Initialization of Self-Attention Layers.
-    The head's is ours: without it the masked token's logits do not see what was passed on.
+    The head's is ours: drawn, it hides from the logits what was passed on; the identity takes like tokens for neighbours.
 
     name, drawn: of the whole parameter of a model for which why_not_mimetic has no reason
     seed: of the run
     strength: of the identity
+    turns: S [C, C] by its width
     """
     if name.endswith(INTO_HEAD):
-        return torch.eye(len(drawn))
+        return turns[len(drawn)] if len(drawn) in turns else torch.eye(len(drawn))
     stem, found, matrix = name.rpartition(ATTENTION)
     if not found or matrix not in ("Wqkv.weight", "Wo.weight"):
         return drawn

@@ -5,6 +5,7 @@
     m_ij = max(0, log c_ij - (log r_i q_j + log r_j q_i) / 2)
     M ~ U L U^T                                        the largest eigenvalues by their size, as many as a vector is wide
     E = U |L|^(1/2) R                                  R: orthonormal rows, the same wherever this is computed
+    S = R^T sign(L) R                                  so that E S E^T ~ M: a vector turned by S scores its neighbours
 
 The positive pointwise mutual information of words and their contexts, factorized, is what word2vec approximates (Levy and
 Goldberg 2014, Neural Word Embedding as Implicit Matrix Factorization; smoothing and |L|^(1/2): Levy, Goldberg and Dagan
@@ -14,6 +15,7 @@ Goldberg 2014, Neural Word Embedding as Implicit Matrix Factorization; smoothing
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -52,8 +54,17 @@ class CountedPairs(Protocol):
         """[P], above 0, in any unit."""
 
 
-def token_vectors(pairs: CountedPairs, *, width: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Vectors fp32 [V, width] and bool [V]: which tokens have one. Their elements have a mean square of 1, the others' are zero.
+@dataclass(frozen=True, kw_only=True)
+class TokenVectors:
+    """What was found; fp32."""
+
+    vectors_VC: Tensor  # of a mean square of 1; of tokens that have none, zero
+    there_V: Tensor  # bool: which tokens have one
+    turn_CC: Tensor  # S; without its negative eigenvalues M would be all similarity, the identity
+
+
+def token_vectors(pairs: CountedPairs, *, width: int, seed: int) -> TokenVectors:
+    """Vectors of tokens, and what turns them towards their neighbours'.
 
     A token has none where no pair says anything of it, or where its elements would be less than LEAST of the usual size.
     Computed in fp64 on the CPU.
@@ -63,10 +74,13 @@ def token_vectors(pairs: CountedPairs, *, width: int, seed: int) -> tuple[Tensor
     seed: of the subspace's start and of R
     """
     if not len(pairs.count_P):
-        there_V = torch.zeros(pairs.vocab_size, dtype=torch.bool)
-        return torch.zeros(pairs.vocab_size, width), there_V
+        return TokenVectors(
+            vectors_VC=torch.zeros(pairs.vocab_size, width),
+            there_V=torch.zeros(pairs.vocab_size, dtype=torch.bool),
+            turn_CC=torch.eye(width),
+        )
     information = _mutual_information(pairs)
-    vectors = _factor(information, width=width, seed=seed)
+    vectors, turn = _factor(information, width=width, seed=seed)
 
     # twice: vectors that are left out have no say in the size of the others
     size_V = vectors.square().mean(dim=1).sqrt()
@@ -76,9 +90,9 @@ def token_vectors(pairs: CountedPairs, *, width: int, seed: int) -> tuple[Tensor
         there_V = size_V > LEAST * usual
     vectors[~there_V] = 0.0
     # text of which no pair says anything has no vectors
-    if not there_V.any():
-        return vectors.float(), there_V
-    return (vectors / vectors[there_V].square().mean().sqrt()).float(), there_V
+    if there_V.any():
+        vectors /= vectors[there_V].square().mean().sqrt()
+    return TokenVectors(vectors_VC=vectors.float(), there_V=there_V, turn_CC=turn.float())
 
 
 def _mutual_information(pairs: CountedPairs) -> Tensor:
@@ -115,11 +129,12 @@ def _mutual_information(pairs: CountedPairs) -> Tensor:
         )
 
 
-def _factor(matrix: Tensor, *, width: int, seed: int) -> Tensor:
-    """U |L|^(1/2) R [V, width] of a symmetric matrix [V, V]."""
+def _factor(matrix: Tensor, *, width: int, seed: int) -> tuple[Tensor, Tensor]:
+    """E [V, width] and S [width, width] of a symmetric matrix [V, V]; S is the identity in directions that E has nothing in."""
     size = len(matrix)
     if not matrix.values().numel():
-        return torch.zeros(size, width, dtype=torch.float64)
+        nothing = torch.zeros(size, width, dtype=torch.float64)
+        return nothing, torch.eye(width, dtype=torch.float64)
     kept = min(width, size)
     draw = torch.Generator().manual_seed(address_seed(seed, "token vectors"))
     basis = torch.randn(size, min(size, kept + MORE), generator=draw, dtype=torch.float64)
@@ -129,10 +144,14 @@ def _factor(matrix: Tensor, *, width: int, seed: int) -> Tensor:
     values, rotation = torch.linalg.eigh((small + small.T) / 2)
     largest = values.abs().argsort(descending=True, stable=True)[:kept]
     largest = largest[values[largest].abs() > NOTHING * values.abs().max()]
-    vectors, values = basis @ rotation[:, largest], values[largest].abs()
+    vectors, values = basis @ rotation[:, largest], values[largest]
 
     # the sign of an eigenvector is the library's choice. B = U^T G takes it over, and so does R = (B B^T)^(-1/2) B:
     # in U |L|^(1/2) R it cancels
     drawn = torch.randn(size, width, generator=draw, dtype=torch.float64)
     left, _, right = torch.linalg.svd(vectors.T @ drawn, full_matrices=False)
-    return (vectors * values.sqrt()) @ (left @ right)
+    rows = left @ right
+    # where L is negative R's rows are turned about
+    negative = rows[values < 0]
+    turn = torch.eye(width, dtype=torch.float64) - 2 * negative.T @ negative
+    return (vectors * values.abs().sqrt()) @ rows, turn

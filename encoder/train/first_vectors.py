@@ -4,7 +4,7 @@ attention that passes them on (`init_embeddings`)."""
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +18,13 @@ from encoder.data.neighbours import Neighbours, count_neighbours, first_document
 from encoder.engine.engine import Engine
 from encoder.nn.embedding import TOKEN_TABLE
 from encoder.nn.init import mimetic_values, why_not_mimetic
-from encoder.nn.token_vectors import token_vectors
+from encoder.nn.token_vectors import TokenVectors, token_vectors
 from encoder.runs.config import InitEmbeddingsConfig, RunConfig
 from encoder.runs.facts import DataFacts
 from encoder.train.build import open_mixture
+
+# deviations of an element that all rows have in common: without biases it is what layers begin to attend by
+COMMON = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,20 +65,22 @@ def set_first_vectors(
             if drawn.any():
                 tables[name] = drawn
 
+    turns = {table.shape[1]: torch.eye(table.shape[1]) for table in tables.values()}
+
     told = torch.zeros(2, dtype=torch.int64)
     with all_ranks_agree(world):
         if world.first:
             say(f"counting neighbours in {short_count(asked.tokens)} tokens")
             found = _counted(run, facts, asked)
             rows = fill_tables_(
-                [*tables.values()], found, seed=run.seed, times_drawn=asked.times_drawn
+                [*tables.values()], turns, found, seed=run.seed, times_drawn=asked.times_drawn
             )
             told = torch.tensor([found.tokens, rows])
     # exact: the others add zeros
-    for table in tables.values():
+    for shared in (*tables.values(), *turns.values()):
         if not world.first:
-            table.zero_()
-        sum_over_ranks(table)
+            shared.zero_()
+        sum_over_ranks(shared)
     sum_over_ranks(told)
 
     why_not = why_not_mimetic(engine.shapes)
@@ -86,7 +91,7 @@ def set_first_vectors(
             return tables[name]
         drawn = model.initial_values(name, shape)
         if passes_on:
-            return mimetic_values(name, drawn, seed=run.seed, strength=asked.mimetic)
+            return mimetic_values(name, drawn, seed=run.seed, strength=asked.mimetic, turns=turns)
         return drawn
 
     engine.set_masters(first_values)
@@ -100,25 +105,33 @@ def set_first_vectors(
 
 
 def fill_tables_(
-    tables: Sequence[Tensor], found: Neighbours, *, seed: int, times_drawn: float
+    tables: Sequence[Tensor],
+    turns: Mapping[int, Tensor],
+    found: Neighbours,
+    *,
+    seed: int,
+    times_drawn: float,
 ) -> int:
     """Rows of the tokens that have a vector, in place of drawn ones; how many in a table.
 
     tables: [rows, C], drawn; rows beyond the vocabulary have no vector
+    turns: [C, C] by its width, which becomes what turns a vector towards its neighbours'
     found: of the shards' tokens
     seed: of the run
     times_drawn: deviation of an element over that of the table as it is drawn, also for rows that stay
     """
-    of_width: dict[int, tuple[Tensor, Tensor]] = {}
+    of_width: dict[int, TokenVectors] = {}
     rows = torch.empty(0)
     for table in tables:
         width = table.shape[1]
         if width not in of_width:
             of_width[width] = token_vectors(found, width=width, seed=seed)
-        vectors, there = of_width[width]
+            turns[width].copy_(of_width[width].turn_CC)
         table *= times_drawn
-        rows = there.nonzero()[:, 0]
-        table[rows] = vectors[rows] * table.std()
+        rows = of_width[width].there_V.nonzero()[:, 0]
+        table[rows] = of_width[width].vectors_VC[rows] * table.std()
+        # up and down in turn: a norm that takes the mean away leaves it
+        table += COMMON * table.std() * (1.0 - 2.0 * (torch.arange(width) % 2))
     return len(rows)
 
 

@@ -12,7 +12,7 @@ from encoder.base.dist import World
 from encoder.base.errors import CheckpointError, ConfigError
 from encoder.data.neighbours import count_neighbours, first_documents
 from encoder.nn.init import mimetic_values
-from encoder.nn.token_vectors import token_vectors
+from encoder.nn.token_vectors import TokenVectors, token_vectors
 from encoder.runs.about import FIRST_VECTORS, what_was_trained
 from encoder.runs.config import read_run
 from encoder.runs.facts import check_data, named_sources
@@ -59,7 +59,7 @@ def first_weights(world: World, *, folder: str, name: str, words: list[str]) -> 
     return {n: [w.tolist(), drawn[n].tolist()] for n, w in found.items()}
 
 
-def expected_rows(folder: Path, *, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def expected_rows(folder: Path, *, width: int) -> TokenVectors:
     run = named_sources(run_of(str(folder), "none"))
     facts = check_data(run)
     documents = first_documents(
@@ -71,25 +71,37 @@ def expected_rows(folder: Path, *, width: int) -> tuple[torch.Tensor, torch.Tens
     return token_vectors(found, width=width, seed=run.seed)
 
 
+def in_common(filled: torch.Tensor) -> torch.Tensor:
+    """What every row has: half a deviation, up and down in turn."""
+    share = 0.5 * filled.std()
+    return torch.stack([share, -share]).repeat(filled.shape[1] // 2)
+
+
 def check_table(folder: Path, now: list, drawn: list) -> None:
     table, before = torch.tensor(now), torch.tensor(drawn)
-    vectors, there = expected_rows(folder, width=table.shape[1])
+    expected = expected_rows(folder, width=table.shape[1])
+    vectors, there = expected.vectors_VC, expected.there_V
     assert 0 < int(there.sum()) < 64, "special tokens are not counted"
-    assert table[~there] == pytest.approx(before[~there] * 2.5, rel=1e-6)
-    expected = vectors[there] * (2.5 * before.std())
-    assert table[there] == pytest.approx(expected, abs=1e-6)
+    filled = before * 2.5
+    filled[there] = vectors[there] * filled.std()
+    assert table == pytest.approx(filled + in_common(filled), abs=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_table_is_that_of_counts_and_all_else_of_the_seed(folder, ranks, stage):
     name, words = f"zero{stage}", [f"engine.zero_stage={stage}"]
+    turn = expected_rows(folder, width=64).turn_CC
+    assert (turn - torch.eye(64)).abs().max() > 0.1
+    turns = {64: turn}
     for found in run_ranks(first_weights, ranks, folder=str(folder), name=name, words=words):
         for parameter, (now, drawn) in found.items():
             if parameter.endswith("tok_embeddings.weight"):
                 check_table(folder, now, drawn)
                 continue
-            expected = mimetic_values(parameter, torch.tensor(drawn), seed=3, strength=0.5)
+            expected = mimetic_values(
+                parameter, torch.tensor(drawn), seed=3, strength=0.5, turns=turns
+            )
             assert torch.equal(torch.tensor(now), expected), parameter
             passes_on = ("attn.Wqkv.weight", "attn.Wo.weight", "head.dense.weight")
             assert (now != drawn) == parameter.endswith(passes_on), parameter
@@ -169,8 +181,11 @@ def test_rows_beyond_the_vocabulary_stay(folder):
     (found,) = run_ranks(first_weights, 1, folder=str(folder), name="padded", words=words)
     (table,) = (v for n, v in found.items() if n.endswith("tok_embeddings.weight"))
     now, drawn = map(torch.tensor, table)
-    assert now[64:] == pytest.approx(drawn[64:] * 2.5, rel=1e-6)
-    assert (now[:64] - drawn[:64] * 2.5).abs().max() > 0.01
+    # the same of every row
+    (common,) = (now[64:] - drawn[64:] * 2.5).mean(dim=0, keepdim=True)
+    assert now[64:] - drawn[64:] * 2.5 == pytest.approx(common.expand(32, -1), abs=1e-6)
+    assert common[0] > 0.01 and common[::2] == pytest.approx(-common[1::2], abs=1e-6)
+    assert (now[:64] - drawn[:64] * 2.5 - common).abs().max() > 0.01
 
 
 def ends_of_a_damaged_start(world: World, *, folder: str) -> str:

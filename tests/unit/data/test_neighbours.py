@@ -44,6 +44,14 @@ def test_pairs_are_those_counted_one_by_one(window, left_out, stretch, monkeypat
     assert found.tokens == sum(int((~np.isin(d, left_out)).sum()) for d in documents)
 
 
+def test_a_pair_of_a_large_vocabulary_keeps_its_ids():
+    vocab_size = 50_368
+    documents = [np.array([50_367, 50_366, 50_367, 3]), np.array([50_366, 50_367])]
+    found = count_neighbours(documents, window=2, vocab_size=vocab_size)
+    expected = counted([d.tolist() for d in documents], window=2)
+    assert as_dict(found, window=2) == expected
+
+
 def test_the_order_of_documents_does_not_matter():
     documents = drawn_documents(40)
     one = count_neighbours(documents, window=3, vocab_size=V)

@@ -154,7 +154,9 @@ def test_layers_whose_weights_are_drawn_later_take_no_chance_from_torch():
 def test_mimetic_attention_passes_on_what_it_sees(inner, width):
     drawn = {"Wqkv": torch.randn(3 * inner, width), "Wo": torch.randn(width, inner)}
     found = {
-        name: mimetic_values(f"model.layers.3.attn.{name}.weight", w, seed=4, strength=0.25)
+        name: mimetic_values(
+            f"model.layers.3.attn.{name}.weight", w, seed=4, strength=0.25, turns={}
+        )
         for name, w in drawn.items()
     }
     assert torch.equal(found["Wqkv"][: 2 * inner], drawn["Wqkv"][: 2 * inner])
@@ -170,7 +172,7 @@ def test_mimetic_attention_passes_on_what_it_sees(inner, width):
 def test_mimetic_layers_differ_and_other_parameters_stay():
     drawn = torch.randn(24, 24)
     one, other, again = (
-        mimetic_values(f"model.layers.{n}.attn.Wo.weight", drawn, seed=4, strength=1.0)
+        mimetic_values(f"model.layers.{n}.attn.Wo.weight", drawn, seed=4, strength=1.0, turns={})
         for n in (0, 1, 0)
     )
     assert torch.equal(one, again)
@@ -181,11 +183,15 @@ def test_mimetic_layers_differ_and_other_parameters_stay():
         "model.layers.0.attn_norm.weight",
         "x.attn.Wo.bias",
     ):
-        assert mimetic_values(name, drawn, seed=4, strength=1.0) is drawn
+        assert mimetic_values(name, drawn, seed=4, strength=1.0, turns={}) is drawn
 
 
-def test_a_mimetic_head_lets_through():
-    found = mimetic_values("head.dense.weight", torch.randn(24, 24), seed=4, strength=0.25)
+def test_a_mimetic_head_turns_to_neighbours():
+    name, drawn, turns = "head.dense.weight", torch.randn(24, 24), {24: torch.randn(24, 24)}
+    found = mimetic_values(name, drawn, seed=4, strength=0.25, turns=turns)
+    assert torch.equal(found, turns[24])
+    # of a width that no table of vectors has
+    found = mimetic_values(name, drawn, seed=4, strength=0.25, turns={8: torch.eye(8)})
     assert torch.equal(found, torch.eye(24))
 
 
@@ -220,6 +226,6 @@ def test_models_that_cannot_begin_mimetic_are_told(shapes, why):
 
 def test_mimetic_signs_are_not_the_librarys(monkeypatch):
     drawn, name, qr = torch.randn(24, 24), "model.layers.0.attn.Wo.weight", torch.linalg.qr
-    expected = mimetic_values(name, drawn, seed=4, strength=1.0)
+    expected = mimetic_values(name, drawn, seed=4, strength=1.0, turns={})
     monkeypatch.setattr(torch.linalg, "qr", lambda x: tuple(-part for part in qr(x)))
-    assert mimetic_values(name, drawn, seed=4, strength=1.0) == pytest.approx(expected)
+    assert mimetic_values(name, drawn, seed=4, strength=1.0, turns={}) == pytest.approx(expected)

@@ -8,7 +8,7 @@ import torch
 
 from encoder.base.rng import generator
 from encoder.data.neighbours import Neighbours, count_neighbours
-from encoder.nn.token_vectors import token_vectors
+from encoder.nn.token_vectors import TokenVectors, token_vectors
 from tests.reference.neighbour_vectors import counted, information, products
 
 
@@ -22,10 +22,16 @@ def text_of_classes(*, vocab_size: int, classes: int, tokens: int) -> list[np.nd
     return documents
 
 
+def found_in(documents: list[np.ndarray], *, vocab_size: int, width: int) -> TokenVectors:
+    pairs = count_neighbours(documents, window=2, vocab_size=vocab_size)
+    return token_vectors(pairs, width=width, seed=1)
+
+
 def vectors_of(
     found: Neighbours, *, width: int, seed: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return token_vectors(found, width=width, seed=seed)
+    known = token_vectors(found, width=width, seed=seed)
+    return known.vectors_VC, known.there_V
 
 
 # the last: more tokens than the subspace has dimensions, so that four rounds come near
@@ -46,6 +52,25 @@ def test_their_products_are_those_of_the_largest_eigenvalues(vocab_size, width, 
     expected *= vocab_size * width / np.trace(expected)
     assert vectors.double() @ vectors.double().T == pytest.approx(expected, abs=near)
     assert vectors.square().mean().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("width", [12, 20], ids=["as wide as the vocabulary", "wider"])
+def test_turned_vectors_score_neighbours(width):
+    """E S E^T is M itself, of which E E^T has the size alone; and S turns about, so that twice is nothing."""
+    documents = text_of_classes(vocab_size=12, classes=4, tokens=3000)
+    known = found_in(documents, vocab_size=12, width=width)
+    pairs = counted([d.tolist() for d in documents], window=2)
+    expected = information(pairs, vocab_size=12)
+    vectors, turn = known.vectors_VC.double(), known.turn_CC.double()
+    scale = np.abs(np.linalg.eigvalsh(expected)).sum() / (12 * width)
+    assert scale * vectors @ turn @ vectors.T == pytest.approx(expected, abs=1e-3)
+    assert not np.allclose(scale * vectors @ vectors.T, expected, atol=0.1)
+    assert turn @ turn == pytest.approx(np.eye(width), abs=1e-6)
+    assert torch.equal(turn, turn.T)
+
+
+def test_text_of_which_nothing_is_known_is_not_turned():
+    assert torch.equal(found_in([], vocab_size=6, width=3).turn_CC, torch.eye(3))
 
 
 def test_tokens_with_the_same_neighbours_lie_together():
@@ -75,9 +100,12 @@ def test_the_sign_of_an_eigenvector_has_no_say(monkeypatch):
         q, r = qr(matrix)
         return -q, -r
 
+    turn = token_vectors(found, width=8, seed=1).turn_CC
     monkeypatch.setattr(torch.linalg, "eigh", other_signs)
     monkeypatch.setattr(torch.linalg, "qr", other_qr_signs)
-    assert vectors_of(found, width=8)[0] == pytest.approx(expected, abs=1e-6)
+    other = token_vectors(found, width=8, seed=1)
+    assert other.vectors_VC == pytest.approx(expected, abs=1e-6)
+    assert other.turn_CC == pytest.approx(turn, abs=1e-6)
 
 
 def test_another_seed_turns_them_and_changes_no_product():
