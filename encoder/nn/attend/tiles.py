@@ -16,13 +16,14 @@ One core, forward + backward of 4,096 tokens of 4 heads x 64, CPU time in ms bes
 
     documents of      512 global    512 window    350 window    100 global    100 window
     fp32              72 of 70      41 of 70      42 of 74      41 of 38      42 of 42
-    bf16              53 of 54      54 of 58      51 of 75      39 of 58      48 of 62
+    bf16, by kernel   53 of 54      54 of 58      51 of 75      39 of 58      48 of 62
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,8 +37,10 @@ from encoder.nn.attend.contract import AttentionRequest, document_bounds
 HIDDEN = -1e30
 # lengths that round up to the same multiple of this share a width, so that groups are few
 WIDTH_STEP = 32
-# wider tiles go to torch's blockwise kernel, which keeps no scores (512 in bf16: 54 ms against 89)
+# wider tiles go to torch's blockwise kernel, which keeps no scores: 26 ms for 2,048 tokens in documents of 512, by products 17.
+# Where the CPU has AMX they were slower, 89 ms against 54, before they took a few heads at a time; not measured since
 PRODUCT_KEYS = 512
+PRODUCT_KEYS_AMX = 256
 
 
 class Tiles:
@@ -264,9 +267,15 @@ class _Windows(torch.autograd.Function):
         return d_x.transpose(1, 2).flatten(0, 1)[: ctx.tokens], None
 
 
+@cache
+def most_product_keys() -> int:
+    """Keys of the widest tile that half precision attends over by products, on this CPU."""
+    return PRODUCT_KEYS_AMX if torch.cpu.get_capabilities().get("amx_bf16") else PRODUCT_KEYS
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """[N, H, Q, D] and [N, H, K, D] -> [N, H, Q, D]. In fp32 torch's kernel is ahead at every width: 22 ms against 37 at 128."""
-    if q.element_size() == 2 and k.shape[2] <= PRODUCT_KEYS:
+    if q.element_size() == 2 and k.shape[2] <= most_product_keys():
         return _Products.apply(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
 

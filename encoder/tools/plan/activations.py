@@ -28,11 +28,14 @@ from encoder.base.batch import TokenBatch
 from encoder.models.catalog import build_model
 from encoder.models.contract import Model, ModelConfig
 from encoder.nn.attend import AttentionRequest, attend_by
+from encoder.nn.attend.tiles import most_product_keys
 
 # a layer beyond the first four repeats them: of ModernBERT's, one in three is global
 LAYERS = (1, 4)
 # what is kept grows with them exactly
 TOKENS = (4, 8)
+# a document that no product attends over
+LONG = 2**31
 # what gives values to Python, or has a shape that depends on them
 VALUES = (
     Tensor.item,
@@ -69,17 +72,31 @@ class Kept:
 
 @lru_cache(maxsize=32)
 def count_kept(
-    config: ModelConfig, *, precision: str, device: str, fp8: bool = False, zero_3: bool = False
+    config: ModelConfig,
+    *,
+    precision: str,
+    device: str,
+    longest_tokens: int = LONG,
+    fp8: bool = False,
+    zero_3: bool = False,
 ) -> Kept:
     """Each storage once, without the parameters. Raises ConfigError as fp8_blocks_.
 
     precision: fp32, fp64, autocast or bf16
     device: cpu or cuda, which need not be there
+    longest_tokens: of a document
     fp8: the layers' matmuls run in FP8
     zero_3: DeepSpeed's linear layers of ZeRO stage 3, which keep their input as it comes: under autocast in fp32
     """
     try:
-        return _count(config, precision=precision, device=device, fp8=fp8, zero_3=zero_3)
+        return _count(
+            config,
+            counted=_Counted(longest_tokens),
+            precision=precision,
+            device=device,
+            fp8=fp8,
+            zero_3=zero_3,
+        )
     except _NeedsValues:
         # bytes of a number; what lies outside of the layers is left out
         width = {"autocast": 2, "bf16": 2, "fp64": 8}.get(precision, 4)
@@ -91,7 +108,7 @@ def count_kept(
         )
 
 
-def _count(config: ModelConfig, *, precision: str, device: str, fp8: bool, zero_3: bool) -> Kept:
+def _count(config: ModelConfig, **way: Any) -> Kept:
     # a model whose layers share blocks has as many layers as sets of them, or more
     rules = config.growth()
     few, many = (rules.fewest_layers * layers for layers in LAYERS)
@@ -101,7 +118,7 @@ def _count(config: ModelConfig, *, precision: str, device: str, fp8: bool, zero_
 
     def count(layers: int) -> list[int]:
         shape = replace(config, num_hidden_layers=layers)
-        return _bytes_kept(shape, precision=precision, device=device, fp8=fp8, zero_3=zero_3)
+        return _bytes_kept(shape, **way)
 
     # two lengths give bytes per token, two depths bytes per layer
     few_short, few_long = count(few)
@@ -128,9 +145,20 @@ def _count(config: ModelConfig, *, precision: str, device: str, fp8: bool, zero_
 
 
 def _bytes_kept(
-    config: ModelConfig, *, precision: str, device: str, fp8: bool, zero_3: bool
+    config: ModelConfig,
+    *,
+    precision: str,
+    device: str,
+    fp8: bool,
+    zero_3: bool,
+    counted: _Counted | None = None,
 ) -> list[int]:
-    """For one document of each of TOKENS, through the same model."""
+    """For one document of each of TOKENS, through the same model.
+
+    config: its settings
+    precision, device, fp8, zero_3: as of count_kept
+    counted: attention, by default that of long documents
+    """
     with contextlib.ExitStack() as stack:
         with _default_dtype(precision):
             model = _without_values(config)
@@ -138,7 +166,7 @@ def _bytes_kept(
             model.fp8_blocks_()
         if zero_3:
             stack.enter_context(_linear_keeps_its_input())
-        stack.enter_context(attend_by(_Counted()))
+        stack.enter_context(attend_by(counted or _Counted()))
         stack.enter_context(_autocast(device, enabled=precision == "autocast"))
         stack.enter_context(_Device(torch.device(device)))
         return [_kept_by(model, _one_document(tokens)) for tokens in TOKENS]
@@ -192,12 +220,17 @@ def _kept_by(model: Model, batch: TokenBatch) -> int:
 class _Counted:
     """Attention by contract: what the kernels for packed documents keep, of which none can be asked without its device.
 
-    q, k, v, output and logsumexp. On a CPU, local layers in half precision keep windows of three blocks instead
-    (encoder.nn.attend.tiles): keys and values three times and the probabilities.
+    q, k, v, output and logsumexp. On a CPU in half precision products keep the probabilities instead of the last two
+    (encoder.nn.attend.tiles): of short documents, and of windows, whose keys and values are kept three times.
+
+    longest_tokens: of a document
     """
 
     name = "counted"
     traceable = True
+
+    def __init__(self, longest_tokens: int = LONG) -> None:
+        self.longest_tokens = longest_tokens
 
     def why_not(self, situation: AttentionRequest) -> str | None:
         """It runs everywhere and computes nothing."""
@@ -207,25 +240,32 @@ class _Counted:
         self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int
     ) -> _Counted:
         """Itself."""
-        # three blocks of keys around a block of queries (tiles)
-        self.window = 3 * max(window_radius_tokens, 32)
+        self.radius = window_radius_tokens
         return self
 
     def __call__(self, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, *, local: bool) -> Tensor:
         """[T, H, D] -> [T, H, D], without values."""
-        in_windows = local and q_THD.device.type == "cpu" and q_THD.element_size() == 2
-        return _Keeps.apply(q_THD, k_THD, v_THD, self.window if in_windows else 0)
+        keys, copies = 0, 1
+        if q_THD.device.type == "cpu" and q_THD.element_size() == 2:
+            # three blocks of keys around a block of queries
+            if local and self.longest_tokens > 2 * self.radius:
+                keys, copies = 3 * max(self.radius, 32), 3
+            elif self.longest_tokens <= most_product_keys():
+                keys = self.longest_tokens
+        return _Keeps.apply(q_THD, k_THD, v_THD, keys, copies)
 
 
 class _Keeps(autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, window: int) -> Tensor:
+    def forward(
+        ctx: Any, q_THD: Tensor, k_THD: Tensor, v_THD: Tensor, keys: int, copies: int
+    ) -> Tensor:
         out_THD = torch.empty_like(q_THD)
         tokens, heads, width = q_THD.shape
-        if window:
-            k_THD, v_THD = (x.new_empty(3 * tokens, heads, width) for x in (k_THD, v_THD))
-            # keys and values of each block's window, and its probabilities
-            ctx.save_for_backward(q_THD, k_THD, v_THD, q_THD.new_empty(tokens, heads, window))
+        if keys:
+            k_THD, v_THD = (x.new_empty(copies * tokens, heads, width) for x in (k_THD, v_THD))
+            # and the probabilities
+            ctx.save_for_backward(q_THD, k_THD, v_THD, q_THD.new_empty(tokens, heads, keys))
         else:
             ctx.save_for_backward(
                 q_THD, k_THD, v_THD, out_THD, q_THD.new_empty(heads, tokens, dtype=torch.float32)

@@ -21,7 +21,7 @@ from encoder.nn.loss import PIECE_POSITIONS
 from encoder.optim.catalog import state_elements
 from encoder.runs.config import FineTuneProbeConfig, RunConfig, with_engine
 from encoder.runs.objective_models import shapes_at_hand
-from encoder.tools.plan.activations import count_kept
+from encoder.tools.plan.activations import LONG, count_kept
 from encoder.tools.plan.forecast import Machine
 from encoder.train.build import compiles
 from encoder.train.tuned_probe import body_of, engine_of, tuned_probes
@@ -282,7 +282,9 @@ def _probe_bytes(
     most = run.loader.micro_batch_rows * run.data.row_tokens
     share = -(-probe.batch_examples * longest // ranks)
     tokens = max(longest, min(most, share))
-    activations = _network_bytes(body, engine=engine, tokens=tokens, kind=kind, share=1.0)
+    activations = _network_bytes(
+        body, engine=engine, tokens=tokens, longest=longest, kind=kind, share=1.0
+    )
     activations += body.attention_bytes(Stretch(longest), tokens=tokens, width=width, device=kind)
     activations += 0 if kind == "cpu" else CUBLAS_BYTES
 
@@ -325,7 +327,12 @@ def _activation_bytes(run: RunConfig, *, width: int) -> int:
     compiled = in_half and compiles(run, torch.device(kind))
     kept = COMPILED_SHARE[engine.fp8] if compiled else 1.0
     layers = sum(
-        _network_bytes(network, engine=engine, tokens=tokens, kind=kind, share=kept)
+        max(
+            _network_bytes(
+                network, engine=engine, tokens=tokens, longest=longest, kind=kind, share=kept
+            )
+            for longest in {phase.max_tokens_per_document for phase in run.phases}
+        )
         for network in networks
     )
     scores = max(_score_bytes(run, network, kind=kind, width=width) for network in networks)
@@ -368,13 +375,20 @@ def _score_bytes(run: RunConfig, network: ModelConfig, *, kind: str, width: int)
 
 
 def _network_bytes(
-    network: ModelConfig, *, engine: EngineConfig, tokens: int, kind: str, share: float
+    network: ModelConfig,
+    *,
+    engine: EngineConfig,
+    tokens: int,
+    longest: int,
+    kind: str,
+    share: float,
 ) -> float:
     """What autograd keeps of a micro-batch's forward through one network.
 
     network: the settings of the model, or of one of its networks
     engine: that computes it
     tokens: of the micro-batch
+    longest: tokens of a document
     kind: cuda or cpu
     share: of what plain layers keep, that compiled ones do
     """
@@ -382,6 +396,7 @@ def _network_bytes(
         network,
         precision=engine.precision,
         device=kind,
+        longest_tokens=longest if kind == "cpu" else LONG,
         fp8=engine.fp8 == "layers",
         zero_3=engine.zero_stage == 3,
     )

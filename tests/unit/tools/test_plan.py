@@ -311,11 +311,12 @@ def test_a_model_whose_shapes_depend_on_values_says_its_width(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "autocast"])
-def test_on_a_cpu_the_count_is_near_what_a_forward_keeps(precision):
-    """Tiles of documents and windows are padded, which is not counted."""
+@pytest.mark.parametrize("lengths", [(300, 500, 224), (60, 64, 61, 63), (700, 650)], ids=str)
+def test_on_a_cpu_the_count_is_near_what_a_forward_keeps(precision, lengths):
+    """Tiles of documents and windows are padded, which is not counted; nor that each is as wide as its longest document."""
     config = replace(read_run(TINY).model, num_hidden_layers=4)
     model = build_model(config, seed=0)
-    batch = packed_documents([torch.zeros(length, dtype=torch.int64) for length in (300, 500, 224)])
+    batch = packed_documents([torch.zeros(length, dtype=torch.int64) for length in lengths])
     storages = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
@@ -328,7 +329,7 @@ def test_on_a_cpu_the_count_is_near_what_a_forward_keeps(precision):
     for parameter in model.parameters():
         storages.pop(parameter.untyped_storage()._cdata, None)
     found = sum(storage.nbytes() for storage in storages.values())
-    kept = count_kept(config, precision=precision, device="cpu")
+    kept = count_kept(config, precision=precision, device="cpu", longest_tokens=max(lengths))
     counted = (
         len(hidden) * (kept.outside_per_token + 4 * kept.layer_per_token) + 4 * kept.layer_fixed
     )
