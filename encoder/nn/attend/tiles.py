@@ -16,7 +16,7 @@ One core, forward + backward of 4,096 tokens of 4 heads x 64, CPU time in ms bes
 
     documents of      512 global    512 window    350 window    100 global    100 window
     fp32              72 of 70      41 of 70      42 of 74      41 of 38      42 of 42
-    bf16, by kernel   53 of 54      54 of 58      51 of 75      39 of 58      48 of 62
+    bf16              53 of 54      54 of 58      51 of 75      39 of 58      48 of 62
 """
 
 from __future__ import annotations

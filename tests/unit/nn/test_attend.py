@@ -10,7 +10,14 @@ import torch
 
 from encoder.base.errors import ConfigError
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
-from encoder.nn.attend import BACKENDS, AttentionRequest, Word, check_backend_name, choose_backend
+from encoder.nn.attend import (
+    BACKENDS,
+    AttentionRequest,
+    Word,
+    check_backend_name,
+    choose_backend,
+    tiles,
+)
 from tests.helpers.packed import packed
 from tests.reference.dense import dense_attention
 
@@ -64,6 +71,50 @@ def test_every_backend_equals_the_dense_mask_in_values_and_gradients(name, lengt
     assert torch.allclose(out, expected, rtol=0, atol=1e-12)
     for a, b in zip(ours, truth, strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("elements", [1, 20_000, 60_000, 10**7], ids="{:,} at a time".format)
+@pytest.mark.parametrize("local", [False, True], ids=["global", "local"])
+@pytest.mark.parametrize("lengths", DOCUMENTS.values(), ids=DOCUMENTS.keys())
+def test_products_however_many_heads_at_once_equal_the_dense_mask(
+    monkeypatch, lengths, local, elements
+):
+    """What half precision runs, in fp64: one head, some of a tile's six, all of them, several tiles together."""
+    monkeypatch.setattr(tiles, "_attend", tiles._Products.apply)
+    monkeypatch.setattr(tiles, "piece_rows", lambda x, *, elements: pieces(x, elements))
+
+    def pieces(x, of_a_head):
+        return max(1, min(len(x), elements // of_a_head))
+
+    ours, truth = (drawn(sum(lengths), heads=6) for _ in range(2))
+    out = planned("tiles", lengths)(*ours, local=local)
+    expected = dense_attention(*truth, lengths=lengths, radius=RADIUS if local else None)
+    weights = torch.randn_like(expected)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    assert torch.allclose(out, expected, rtol=0, atol=1e-12)
+    for a, b in zip(ours, truth, strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("most", "sizes"), [(1, 1), (5, 3), (6, 6), (11, 6), (13, 12), (99, 36)])
+def test_heads_are_taken_by_a_divisor_or_by_whole_tiles(monkeypatch, most, sizes):
+    monkeypatch.setattr(tiles, "piece_rows", lambda x, *, elements: min(len(x), most))
+    parts = [*tiles._parts(torch.zeros(36, 2, 2), heads=6)]
+    assert {part.stop - part.start for part, _ in parts} == {sizes}
+    assert [part.start for part, _ in parts] == [*range(0, 36, sizes)]
+    for part, of in parts:
+        assert (of.start, of.stop) == (part.start // 6, (part.stop + 5) // 6)
+
+
+def test_of_a_cpu_with_amx_products_end_sooner(monkeypatch):
+    found = []
+    for units in ({"amx_bf16": True}, {"avx512_bf16": True}):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=units: has)
+        tiles.most_product_keys.cache_clear()
+        found.append(tiles.most_product_keys())
+    tiles.most_product_keys.cache_clear()
+    assert found == [256, 512]
 
 
 @pytest.mark.parametrize("name", HERE)
