@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,6 +102,7 @@ STOPPED = {  # what Ctrl-C leaves behind, by command
     ),
     "verify": "stopped; the folders that have no line yet were not checked.",
 }
+INTERRUPTED = 130
 STOPPED_ELSE = "stopped; nothing half-made was left. Run the same command to begin again."
 
 
@@ -110,7 +113,12 @@ def main(arguments: list[str] | None = None) -> int:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
     args = _parsed(arguments)
-    return run_command(lambda: args.run(args), stopped=STOPPED.get(args.command, STOPPED_ELSE))
+    code = run_command(lambda: args.run(args), stopped=STOPPED.get(args.command, STOPPED_ELSE))
+    # of a command line: the library's threads are still at work, and panic where Python ends before them
+    if arguments is None and args.command == "tokenizer" and code == INTERRUPTED:
+        sys.stdout.flush()
+        os._exit(code)
+    return code
 
 
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:

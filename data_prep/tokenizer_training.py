@@ -9,6 +9,7 @@ unigram      NFKC, single spaces, which are U+2581             ALBERT, XLNet
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def train_tokenizer(
         # WordPiece goes over the sample twice, first for its letters
         letters = _letters(tokenizer, sample) if config.kind == "wordpiece" else None
         trainer = _trainer(config, vocab_size=vocab_size, special=inside, letters=letters)
-        tokenizer.train_from_iterator(sample.texts(), trainer)
+        _train(tokenizer, sample.texts(), trainer)
         # too little text gives fewer entries; an alphabet alone may be more
         learned = tokenizer.get_vocab_size()
         if learned != config.vocab_size - len(appended):
@@ -165,6 +166,24 @@ def train_tokenizer(
         f"{out}: {config.vocab_size:,} entries, trained on {sample.documents:,} documents"
         f" ({sample.bytes / 1e6:.1f} MB)."
     )
+
+
+def _train(tokenizer: Tokenizer, texts: Iterator[str], trainer: Any) -> None:
+    """In a thread of its own: the library's minutes are one call, in which this thread would hear no Ctrl-C."""
+    failed: list[BaseException] = []
+
+    def train() -> None:
+        try:
+            tokenizer.train_from_iterator(texts, trainer)
+        except BaseException as error:
+            failed.append(error)
+
+    # a daemon: the process does not wait for it
+    thread = threading.Thread(target=train, daemon=True)
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
 
 
 def _untrained(config: TrainingConfig) -> Tokenizer:

@@ -380,6 +380,9 @@ class PackedBody(nn.Module):
     def fp8_blocks_(self) -> None:
         """From now on the blocks' linear layers compute in FP8 (encoder.nn.fp8). Raises ConfigError for odd shapes."""
         to_fp8_(self.model.layers)
+        for block in self.model.layers:
+            assert isinstance(block, Block)
+            block.may_leave_out = False
 
     def parameter_count(self) -> int:
         """Trained numbers; a tied matrix counts once."""

@@ -37,7 +37,8 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm_place, self.local = norm_place, local
-        self.compiled = False
+        # compiled parts have a fixed shape, and a scale of 8 bits is that of all tokens
+        self.may_leave_out = True
         self.attn_norm, self.attn, self.attn_dropout = attn_norm, attn, attn_dropout
         self.mlp_norm = mlp_norm
         self.mlp = mlp
@@ -58,13 +59,13 @@ class Block(nn.Module):
         plan: of attention
         rope: table of the layer's angles
         dropout_key_T: what decides which features are dropped
-        at_M: int64, whose states are asked; of the others all behind attention is left out, where no fixed shape is compiled
+        at_M: int64, whose states are asked; of the others what is behind attention may be left out
         """
         if plan.traceable:
             return _rows(self.full(x_TC, plan, rope, dropout_key_T), at_M)
         q_THD, k_THD, v_THD = self.pre_attention(x_TC, rope)
         out_THD = plan(q_THD, k_THD, v_THD, local=self.local)
-        if self.compiled:
+        if not self.may_leave_out:
             return _rows(self.post_attention(x_TC, out_THD, dropout_key_T), at_M)
         return self.post_attention(*(_rows(x, at_M) for x in (x_TC, out_THD, dropout_key_T)))
 
@@ -73,7 +74,7 @@ class Block(nn.Module):
         # kept by the code's place, so for all models and modes of a process: training, evaluation and the fixed batch of one
         # run are 6 already, torch's limit is 8, and beyond it a full graph raises
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        self.compiled = True
+        self.may_leave_out = False
         for part in ("pre_attention", "post_attention", "full"):
             setattr(
                 self,

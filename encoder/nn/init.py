@@ -164,7 +164,7 @@ def mimetic_values(
     name, drawn: of the whole parameter of a model for which why_not_mimetic has no reason
     seed: of the run
     strength: of the identity
-    turns: S [C, C] by its width
+    turns: S [C, C] by its width; without one the head lets through
     """
     if name.endswith(INTO_HEAD):
         return turns[len(drawn)] if len(drawn) in turns else torch.eye(len(drawn))

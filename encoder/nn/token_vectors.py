@@ -5,7 +5,8 @@
     m_ij = max(0, log c_ij - (log r_i q_j + log r_j q_i) / 2)
     M ~ U L U^T                                        the largest eigenvalues by their size, as many as a vector is wide
     E = U |L|^(1/2) R                                  R: orthonormal rows, the same wherever this is computed
-    S = R^T sign(L) R                                  so that E S E^T ~ M: a vector turned by S scores its neighbours
+    S = 1 - 2 N^T N                                    N: rows of R of negative eigenvalues; E S E^T ~ M, so that a vector
+                                                       turned by S scores its neighbours
 
 The positive pointwise mutual information of words and their contexts, factorized, is what word2vec approximates (Levy and
 Goldberg 2014, Neural Word Embedding as Implicit Matrix Factorization; smoothing and |L|^(1/2): Levy, Goldberg and Dagan

@@ -358,9 +358,10 @@ class InitEmbeddingsConfig:
 
     tokens: Tokens = 5_000_000  # of the first phase's documents, read before the first step
     window: int = 2  # tokens on either side
-    times_drawn: float = 2.5  # deviation of an element over that of a table that is drawn
-    # attention begins by passing on what it sees, Wo Wv as this times the identity, and the head's dense layer as the identity;
-    # 0: they are drawn
+    # deviation of an element over that of a table that is drawn; half of it more is what all rows have in common
+    times_drawn: float = 2.5
+    # attention begins by passing on what it sees, Wo Wv as this times the identity, and the head's dense layer by turning a vector
+    # towards its neighbours'; 0: they are drawn
     mimetic: float = 0.5
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from encoder.base.units import short_count
 from encoder.data.neighbours import Neighbours, count_neighbours, first_documents
 from encoder.engine.engine import Engine
 from encoder.nn.embedding import TOKEN_TABLE
-from encoder.nn.init import mimetic_values, why_not_mimetic
+from encoder.nn.init import INTO_HEAD, mimetic_values, why_not_mimetic
 from encoder.nn.token_vectors import TokenVectors, token_vectors
 from encoder.runs.config import InitEmbeddingsConfig, RunConfig
 from encoder.runs.facts import DataFacts
@@ -91,7 +91,10 @@ def set_first_vectors(
             return tables[name]
         drawn = model.initial_values(name, shape)
         if passes_on:
-            return mimetic_values(name, drawn, seed=run.seed, strength=asked.mimetic, turns=turns)
+            # a head before a classifier of its own scores no tokens
+            stem = name.removesuffix(INTO_HEAD)
+            turning = {} if f"{stem}classifier.weight" in engine.shapes else turns
+            return mimetic_values(name, drawn, seed=run.seed, strength=asked.mimetic, turns=turning)
         return drawn
 
     engine.set_masters(first_values)
@@ -112,13 +115,13 @@ def fill_tables_(
     seed: int,
     times_drawn: float,
 ) -> int:
-    """Rows of the tokens that have a vector, in place of drawn ones; how many in a table.
+    """Rows of the tokens that have a vector, in place of drawn ones, and what all rows have in common; how many in a table.
 
     tables: [rows, C], drawn; rows beyond the vocabulary have no vector
     turns: [C, C] by its width, which becomes what turns a vector towards its neighbours'
     found: of the shards' tokens
     seed: of the run
-    times_drawn: deviation of an element over that of the table as it is drawn, also for rows that stay
+    times_drawn: deviation of an element over that of the table as it is drawn, also for rows that stay; without the common part
     """
     of_width: dict[int, TokenVectors] = {}
     rows = torch.empty(0)

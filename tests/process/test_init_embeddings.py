@@ -125,6 +125,10 @@ def test_of_two_networks_each_table_but_a_difference_that_begins_at_zero(folder,
     )
     tables = {n: v for n, v in found.items() if n.endswith("tok_embeddings.weight")}
     assert len(tables) == (1 if sharing == "shared" else 2)
+    # the detector's scores no tokens
+    heads = {n: torch.tensor(v[0]) for n, v in found.items() if n.endswith("head.dense.weight")}
+    turned = {n: not torch.equal(head, torch.eye(len(head))) for n, head in heads.items()}
+    assert turned == {n: n.startswith("generator.") for n in heads} and len(turned) == 2, turned
     zeros = 0
     for now, drawn in tables.values():
         if not torch.tensor(drawn).any():

@@ -12,7 +12,7 @@ A document tile is as wide as its longest document, documents of similar length 
 consecutive tokens, at least as long as the radius, with the block before and the block after it; documents may cross
 blocks, so only the last block is padded, and the keys are a view. Indices and masks are made once per micro-batch.
 
-One core, forward + backward of 4,096 tokens of 4 heads x 64, CPU time in ms beside one call a document (sdpa):
+One core with AMX, forward + backward of 4,096 tokens of 4 heads x 64, CPU time in ms beside one call a document (sdpa):
 
     documents of      512 global    512 window    350 window    100 global    100 window
     fp32              72 of 70      41 of 70      42 of 74      41 of 38      42 of 42
@@ -37,10 +37,11 @@ from encoder.nn.attend.contract import AttentionRequest, document_bounds
 HIDDEN = -1e30
 # lengths that round up to the same multiple of this share a width, so that groups are few
 WIDTH_STEP = 32
-# wider tiles go to torch's blockwise kernel, which keeps no scores: 26 ms for 2,048 tokens in documents of 512, by products 17.
-# Where the CPU has AMX they were slower, 89 ms against 54, before they took a few heads at a time; not measured since
-PRODUCT_KEYS = 512
-PRODUCT_KEYS_AMX = 256
+# wider tiles go to torch's blockwise kernel, which keeps no scores. With AMX at 512 keys 54 ms against 89, before products took a
+# few heads at a time; not measured since
+PRODUCT_KEYS = 256
+# 2,048 tokens in documents of 512: 17 ms by products, 26 by the kernel (AVX512-BF16)
+PRODUCT_KEYS_WITHOUT_AMX = 512
 
 
 class Tiles:
@@ -268,14 +269,16 @@ class _Windows(torch.autograd.Function):
 
 
 @cache
-def most_product_keys() -> int:
-    """Keys of the widest tile that half precision attends over by products, on this CPU."""
-    return PRODUCT_KEYS_AMX if torch.cpu.get_capabilities().get("amx_bf16") else PRODUCT_KEYS
+def most_product_keys(device: str) -> int:
+    """Keys of the widest tile that half precision attends over by products: on cpu, this one, or another device."""
+    if device == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16"):
+        return PRODUCT_KEYS_WITHOUT_AMX
+    return PRODUCT_KEYS
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """[N, H, Q, D] and [N, H, K, D] -> [N, H, Q, D]. In fp32 torch's kernel is ahead at every width: 22 ms against 37 at 128."""
-    if q.element_size() == 2 and k.shape[2] <= most_product_keys():
+    if q.element_size() == 2 and k.shape[2] <= most_product_keys(q.device.type):
         return _Products.apply(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
 

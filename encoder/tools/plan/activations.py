@@ -34,7 +34,7 @@ from encoder.nn.attend.tiles import most_product_keys
 LAYERS = (1, 4)
 # what is kept grows with them exactly
 TOKENS = (4, 8)
-# a document that no product attends over
+# a document longer than any
 LONG = 2**31
 # what gives values to Python, or has a shape that depends on them
 VALUES = (
@@ -221,7 +221,7 @@ class _Counted:
     """Attention by contract: what the kernels for packed documents keep, of which none can be asked without its device.
 
     q, k, v, output and logsumexp. On a CPU in half precision products keep the probabilities instead of the last two
-    (encoder.nn.attend.tiles): of short documents, and of windows, whose keys and values are kept three times.
+    (encoder.nn.attend.tiles), counted as if all documents were as long as that goes. Of windows keys and values are kept thrice.
 
     longest_tokens: of a document
     """
@@ -247,11 +247,12 @@ class _Counted:
         """[T, H, D] -> [T, H, D], without values."""
         keys, copies = 0, 1
         if q_THD.device.type == "cpu" and q_THD.element_size() == 2:
+            most = most_product_keys("cpu")
+            keys = min(self.longest_tokens, most)
             # three blocks of keys around a block of queries
             if local and self.longest_tokens > 2 * self.radius:
-                keys, copies = 3 * max(self.radius, 32), 3
-            elif self.longest_tokens <= most_product_keys():
-                keys = self.longest_tokens
+                window, copies = 3 * max(self.radius, 32), 3
+                keys = window if window <= most else 0
         return _Keeps.apply(q_THD, k_THD, v_THD, keys, copies)
 
 
@@ -262,8 +263,9 @@ class _Keeps(autograd.Function):
     ) -> Tensor:
         out_THD = torch.empty_like(q_THD)
         tokens, heads, width = q_THD.shape
-        if keys:
+        if copies > 1:
             k_THD, v_THD = (x.new_empty(copies * tokens, heads, width) for x in (k_THD, v_THD))
+        if keys:
             # and the probabilities
             ctx.save_for_backward(q_THD, k_THD, v_THD, q_THD.new_empty(tokens, heads, keys))
         else:

@@ -107,14 +107,20 @@ def test_heads_are_taken_by_a_divisor_or_by_whole_tiles(monkeypatch, most, sizes
         assert (of.start, of.stop) == (part.start // 6, (part.stop + 5) // 6)
 
 
-def test_of_a_cpu_with_amx_products_end_sooner(monkeypatch):
-    found = []
-    for units in ({"amx_bf16": True}, {"avx512_bf16": True}):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=units: has)
-        tiles.most_product_keys.cache_clear()
-        found.append(tiles.most_product_keys())
-    tiles.most_product_keys.cache_clear()
-    assert found == [256, 512]
+@pytest.mark.parametrize(
+    ("device", "units", "most"),
+    [
+        ("cpu", {"amx_bf16": True, "avx512_bf16": True}, 256),
+        ("cpu", {"avx512_bf16": True}, 512),
+        ("cpu", {}, 512),
+        ("cuda", {"avx512_bf16": True}, 256),
+    ],
+)
+def test_products_end_sooner_where_they_were_slower_or_not_measured(
+    monkeypatch, device, units, most
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: units)
+    assert tiles.most_product_keys.__wrapped__(device) == most
 
 
 @pytest.mark.parametrize("name", HERE)

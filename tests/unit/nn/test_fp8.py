@@ -119,6 +119,16 @@ def test_the_layers_alone_change_and_every_parameter_keeps_its_name_and_identity
     )
 
 
+@pytest.mark.parametrize("asked", [[], [0, 3, 3, 31]], ids=["no token", "some"])
+def test_a_scale_is_that_of_all_tokens_whichever_are_asked(asked):
+    model = ModernBertForMaskedLM(CONFIG, seed=1)
+    model.fp8_blocks_()
+    batch, index_M = packed([30, 1, 5], vocab=96), torch.tensor(asked, dtype=torch.int64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole = model.hidden_states(batch)
+        assert torch.equal(model.hidden_states(batch, at_M=index_M), whole[index_M])
+
+
 def losses(*, eight: bool, compiled: str | None = None, steps: int = 40) -> list[float]:
     """Of a tiny model that learns a batch."""
     model = ModernBertForMaskedLM(CONFIG, seed=1)

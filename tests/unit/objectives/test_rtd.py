@@ -42,8 +42,8 @@ class Told:
     def __init__(self, logits_MV: torch.Tensor) -> None:
         self.logits_MV = logits_MV
 
-    def generator_states(self, batch):
-        return torch.eye(len(batch.ids_T), dtype=torch.float64)
+    def generator_states(self, batch, *, at_M):
+        return torch.eye(len(batch.ids_T), dtype=torch.float64).index_select(0, at_M)
 
     def generator_decoder(self, x_MC):
         # rows of the identity pick a position's logits

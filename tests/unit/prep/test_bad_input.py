@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import re
+import threading
 
 import pyarrow
 import pyarrow.ipc
@@ -547,6 +548,54 @@ def test_ctrl_c_while_training_a_tokenizer_leaves_nothing(tmp_path, commands, ca
     monkeypatch.setattr("data_prep.tokenizer_training.parse", interrupted)
     assert run(*commands["train"], "--out", "new/t.json") == 130
     assert "Traceback" not in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_ctrl_c_is_heard_while_the_library_trains(tmp_path, commands, capsys, monkeypatch):
+    """In the middle of one call of the library, which takes minutes and lets no signal through."""
+    import signal
+
+    began, ends = threading.Event(), threading.Event()
+
+    class Slow:
+        def train_from_iterator(self, texts, trainer):
+            began.set()
+            assert ends.wait(60)
+
+    def press() -> None:
+        began.wait(60)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    # one of the library's own cannot be told to wait
+    monkeypatch.setattr("data_prep.tokenizer_training._untrained", lambda _: Slow())
+    monkeypatch.setattr("data_prep.tokenizer_training._trainer", lambda *_, **__: None)
+    hand = threading.Thread(target=press)
+    hand.start()
+    try:
+        assert run(*commands["train"], "--out", "new/t.json") == 130
+        assert not ends.is_set()
+    finally:
+        ends.set()
+        hand.join()
+    assert "nothing half-made was left" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_command_that_was_stopped_while_training_waits_for_no_thread(
+    commands, capsys, monkeypatch
+):
+    """The library's own threads panic where Python ends before them."""
+
+    def interrupted(args) -> None:
+        raise KeyboardInterrupt
+
+    def end(code) -> None:
+        raise SystemExit(f"at once, {code}")
+
+    monkeypatch.setattr(cli, "_train", interrupted)
+    monkeypatch.setattr("os._exit", end)
+    monkeypatch.setattr("sys.argv", ["data-prep", *commands["train"], "--out", "t"])
+    with pytest.raises(SystemExit, match="at once, 130"):
+        cli.main()
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"])

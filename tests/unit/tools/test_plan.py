@@ -311,9 +311,13 @@ def test_a_model_whose_shapes_depend_on_values_says_its_width(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "autocast"])
-@pytest.mark.parametrize("lengths", [(300, 500, 224), (60, 64, 61, 63), (700, 650)], ids=str)
-def test_on_a_cpu_the_count_is_near_what_a_forward_keeps(precision, lengths):
-    """Tiles of documents and windows are padded, which is not counted; nor that each is as wide as its longest document."""
+@pytest.mark.parametrize(
+    ("lengths", "most"),
+    [((300, 500, 224), 1.12), ((60, 64, 61, 63), 1.12), ((700, 400, 500), 1.5), ((700, 650), 1.5)],
+    ids=str,
+)
+def test_on_a_cpu_the_count_is_near_what_a_forward_keeps(precision, lengths, most):
+    """Tiles of documents and windows are padded, which is not counted; each document counts as the one that keeps most."""
     config = replace(read_run(TINY).model, num_hidden_layers=4)
     model = build_model(config, seed=0)
     batch = packed_documents([torch.zeros(length, dtype=torch.int64) for length in lengths])
@@ -333,7 +337,7 @@ def test_on_a_cpu_the_count_is_near_what_a_forward_keeps(precision, lengths):
     counted = (
         len(hidden) * (kept.outside_per_token + 4 * kept.layer_per_token) + 4 * kept.layer_fixed
     )
-    assert counted == pytest.approx(found, rel=0.12)
+    assert 0.88 * found < counted < most * found
 
 
 SMALL = [
