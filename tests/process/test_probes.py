@@ -346,7 +346,8 @@ def most_bytes_of_tensors(body: Callable[[], Any]) -> tuple[Any, int]:
     ],
 )
 def test_a_plan_counts_what_a_short_fine_tuning_takes(place, tmp_path, monkeypatch, settings):
-    """All that it makes lies below what the plan says, and above four fifths of it: its texts are not all of full length."""
+    """All that it makes lies below what the plan says, and above seven tenths of it: its texts are not all of full length, and of
+    two layers the last one, behind its attention, sees [CLS] alone."""
     most = []
 
     def measured(*parts, **named):
@@ -369,7 +370,7 @@ def test_a_plan_counts_what_a_short_fine_tuning_takes(place, tmp_path, monkeypat
     assert pretrain(run, World()).done
     counted = count_needs(run, ranks=1).memory
     assert counted.probe and counted.probe.training == counted.probe.total
-    assert 0.8 * counted.probe.total < max(most) < counted.probe.total
+    assert 0.7 * counted.probe.total < max(most) < counted.probe.total
     assert counted.total == counted.held + max(counted.activations, counted.probe.total)
 
 

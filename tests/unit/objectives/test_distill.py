@@ -132,8 +132,8 @@ def test_the_masks_are_those_of_mlm_and_both_models_see_them():
     row = masked(one)
     assert np.array_equal(row.ids, masked(plain).ids) and not np.array_equal(row.ids, IDS)
     seen = []
-    one.teacher.hidden_states = lambda batch: (
-        seen.append(batch.ids_T) or torch.zeros(len(IDS), TEACHER.hidden_size)
+    one.teacher.hidden_states = lambda batch, *, at_M: (
+        seen.append(batch.ids_T) or torch.zeros(len(at_M), TEACHER.hidden_size)
     )
     one.loss(build_model(STUDENT, seed=1), batch_of(row))
     assert np.array_equal(seen[0].numpy(), row.ids)
