@@ -61,7 +61,7 @@ class TokenVectors:
 
     vectors_VC: Tensor  # of a mean square of 1; of tokens that have none, zero
     there_V: Tensor  # bool: which tokens have one
-    turn_CC: Tensor  # S; without its negative eigenvalues M would be all similarity, the identity
+    turn_CC: Tensor  # S; the identity where no eigenvalue is negative
 
 
 def token_vectors(pairs: CountedPairs, *, width: int, seed: int) -> TokenVectors:
