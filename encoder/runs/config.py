@@ -356,12 +356,13 @@ class InitEmbeddingsConfig:
     """The table of tokens begins with vectors of neighbours that were counted (encoder.nn.token_vectors), and attention
     with passing them on (encoder.nn.init.mimetic_values)."""
 
-    tokens: Tokens = 5_000_000  # of the first phase's documents, read before the first step
-    window: int = 2  # tokens on either side
-    # deviation of an element over that of a table that is drawn; half of it more is what all rows have in common
+    # of the first phase's documents, read before the first step; all of them where the shards hold fewer
+    tokens: Tokens = 5_000_000
+    window: int = 2  # tokens on either side, at most 16; times tokens at most 50M
+    # standard deviation of a row's elements over that of a drawn table; half of it is added, with alternating sign, to all rows
     times_drawn: float = 2.5
-    # attention begins by passing on what it sees, Wo Wv as this times the identity, and the head's dense layer by turning a vector
-    # towards its neighbours'; 0: they are drawn
+    # strength of the mimetic initialization (Trockman and Kolter 2023): Wo Wv is this times the identity. Above 0 the head's dense
+    # matrix is S of encoder.nn.token_vectors, which turns a vector towards its neighbours'; 0: both are drawn
     mimetic: float = 0.5
 
     def __post_init__(self) -> None:

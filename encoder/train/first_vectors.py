@@ -70,7 +70,7 @@ def set_first_vectors(
     told = torch.zeros(2, dtype=torch.int64)
     with all_ranks_agree(world):
         if world.first:
-            say(f"counting neighbours in {short_count(asked.tokens)} tokens")
+            say(f"counting neighbours in up to {short_count(asked.tokens)} tokens")
             found = _counted(run, facts, asked)
             rows = fill_tables_(
                 [*tables.values()], turns, found, seed=run.seed, times_drawn=asked.times_drawn

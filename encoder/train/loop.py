@@ -74,7 +74,7 @@ def done_already(folder: Path, world: World) -> Outcome | None:
         return None
     say(
         f"{folder} is done already ({DONE} says so): {as_typed('export', folder, 'OUT')}. For a"
-        " new run use name=ANOTHER."
+        " new run use out=ANOTHER."
     )
     return Outcome(done=True, progress=None)
 

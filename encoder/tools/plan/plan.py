@@ -362,8 +362,8 @@ def _weights_text(run: RunConfig) -> str:
         return f"branched off {run.branch_from} (not there yet)"
     if run.init_embeddings:
         return (
-            f"drawn from seed {run.seed}; rows of tokens from their neighbours in"
-            f" {short_count(run.init_embeddings.tokens)} tokens"
+            f"drawn from seed {run.seed}; rows of tokens from their neighbours in up"
+            f" to {short_count(run.init_embeddings.tokens)} tokens"
             + (", which attention passes on" if run.init_embeddings.mimetic else "")
         )
     if run.init_from is None:
