@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from encoder.base.command import CommandLine, count, place, run_command
+from encoder.base.command import INTERRUPTED, CommandLine, count, place, run_command
 from encoder.base.errors import UserError
 from encoder.base.stopping import STOP_SIGNALS
 
@@ -102,7 +102,6 @@ STOPPED = {  # what Ctrl-C leaves behind, by command
     ),
     "verify": "stopped; the folders that have no line yet were not checked.",
 }
-INTERRUPTED = 130
 STOPPED_ELSE = "stopped; nothing half-made was left. Run the same command to begin again."
 
 

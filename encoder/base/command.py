@@ -25,6 +25,7 @@ from encoder.base.log import (
 from encoder.base.paths import expand_path, local_path
 from encoder.base.untrusted import number_in_name
 
+INTERRUPTED = 130  # the exit code after Ctrl-C: 128 + SIGINT, as a shell says it
 MOST_COUNT = 2**31 - 1  # what native code takes for a number of things
 _UNKNOWN = "unrecognized arguments: "  # argparse's
 
@@ -161,7 +162,7 @@ def run_command(body: Callable[[], int | None], *, stopped: str = "stopped") -> 
         )
     except KeyboardInterrupt:
         print_line(stopped, sys.stderr, survive=True)
-        return 130
+        return INTERRUPTED
 
 
 @contextlib.contextmanager

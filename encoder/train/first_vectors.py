@@ -130,10 +130,12 @@ def fill_tables_(
         if width not in of_width:
             of_width[width] = token_vectors(found, width=width, seed=seed)
             turns[width].copy_(of_width[width].turn_CC)
+        known = of_width[width]
         table *= times_drawn
-        rows = of_width[width].there_V.nonzero()[:, 0]
-        table[rows] = of_width[width].vectors_VC[rows] * table.std()
-        # up and down in turn: a norm that takes the mean away leaves it
+        rows = known.there_V.nonzero()[:, 0]
+        table[rows] = known.vectors_VC[rows] * table.std()
+
+        # of alternating sign: a norm that takes the mean away leaves it
         table += COMMON * table.std() * (1.0 - 2.0 * (torch.arange(width) % 2))
     return len(rows)
 

@@ -26,7 +26,7 @@ from typing import IO, Any
 import psutil
 import torch
 
-from encoder.base.command import as_user_error, complain
+from encoder.base.command import INTERRUPTED, as_user_error, complain
 from encoder.base.dist import World, end_process
 from encoder.base.errors import BusyRun, UserError
 from encoder.base.log import forget_warnings, speak_on
@@ -152,7 +152,7 @@ if __name__ == "__main__":
     try:
         code = main(sys.argv[1:])
     except KeyboardInterrupt:
-        code = 130
+        code = INTERRUPTED
     except Exception:
         traceback.print_exc()
         code = 1

@@ -18,6 +18,7 @@ from encoder.nn.attend import (
     choose_backend,
     tiles,
 )
+from tests.helpers.attention import check_equals_the_dense_mask
 from tests.helpers.packed import packed
 from tests.reference.dense import dense_attention
 
@@ -62,15 +63,12 @@ def drawn(
 @pytest.mark.parametrize("lengths", DOCUMENTS.values(), ids=DOCUMENTS.keys())
 @pytest.mark.parametrize("name", HERE)
 def test_every_backend_equals_the_dense_mask_in_values_and_gradients(name, lengths, local):
-    ours, truth = drawn(sum(lengths)), drawn(sum(lengths))
-    out = planned(name, lengths)(*ours, local=local)
-    expected = dense_attention(*truth, lengths=lengths, radius=RADIUS if local else None)
-    weights = torch.randn_like(expected)
-    (out * weights).sum().backward()
-    (expected * weights).sum().backward()
-    assert torch.allclose(out, expected, rtol=0, atol=1e-12)
-    for a, b in zip(ours, truth, strict=True):
-        assert torch.allclose(a.grad, b.grad, rtol=0, atol=1e-12)
+    check_equals_the_dense_mask(
+        planned(name, lengths),
+        lambda: drawn(sum(lengths)),
+        lengths=lengths,
+        radius=RADIUS if local else None,
+    )
 
 
 @pytest.mark.parametrize("elements", [1, 20_000, 60_000, 10**7], ids="{:,} at a time".format)
@@ -80,21 +78,19 @@ def test_products_however_many_heads_at_once_equal_the_dense_mask(
     monkeypatch, lengths, local, elements
 ):
     """What half precision runs, in fp64: one head, some of a tile's six, all of them, several tiles together."""
+    at_once = elements
+
+    def piece_rows(x, *, elements):
+        return max(1, min(len(x), at_once // elements))
+
     monkeypatch.setattr(tiles, "_attend", tiles._Products.apply)
-    monkeypatch.setattr(tiles, "piece_rows", lambda x, *, elements: pieces(x, elements))
-
-    def pieces(x, of_a_head):
-        return max(1, min(len(x), elements // of_a_head))
-
-    ours, truth = (drawn(sum(lengths), heads=6) for _ in range(2))
-    out = planned("tiles", lengths)(*ours, local=local)
-    expected = dense_attention(*truth, lengths=lengths, radius=RADIUS if local else None)
-    weights = torch.randn_like(expected)
-    (out * weights).sum().backward()
-    (expected * weights).sum().backward()
-    assert torch.allclose(out, expected, rtol=0, atol=1e-12)
-    for a, b in zip(ours, truth, strict=True):
-        assert torch.allclose(a.grad, b.grad, rtol=0, atol=1e-12)
+    monkeypatch.setattr(tiles, "piece_rows", piece_rows)
+    check_equals_the_dense_mask(
+        planned("tiles", lengths),
+        lambda: drawn(sum(lengths), heads=6),
+        lengths=lengths,
+        radius=RADIUS if local else None,
+    )
 
 
 @pytest.mark.parametrize(("most", "sizes"), [(1, 1), (5, 3), (6, 6), (11, 6), (13, 12), (99, 36)])

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from encoder.base.errors import ConfigError
 from encoder.nn.attend import BACKENDS, AttentionRequest, choose_backend, flash, flex, varlen
 from encoder.nn.attend.flex import FlexPlan, block_mask
+from tests.helpers.attention import check_equals_the_dense_mask
 from tests.reference.dense import dense_attention
 
 ON_CUDA = AttentionRequest(
@@ -153,15 +154,7 @@ def drawn(tokens: int = 20) -> list[torch.Tensor]:
 def test_a_kernel_is_handed_the_documents_as_they_are_and_gives_the_dense_values_and_gradients(
     kernel, name, local
 ):
-    ours, truth = drawn(), drawn()
-    out = planned(name)(*ours, local=local)
-    expected = dense_attention(*truth, lengths=LENGTHS, radius=3 if local else None)
-    weights = torch.randn_like(expected)
-    (out * weights).sum().backward()
-    (expected * weights).sum().backward()
-    assert torch.allclose(out, expected, rtol=0, atol=1e-12)
-    for a, b in zip(ours, truth, strict=True):
-        assert torch.allclose(a.grad, b.grad, rtol=0, atol=1e-12)
+    check_equals_the_dense_mask(planned(name), drawn, lengths=LENGTHS, radius=3 if local else None)
     ends, longest, window = kernel.calls[0]
     assert ends.dtype == torch.int32 and ends.tolist() == ENDS
     assert longest == 16  # 14, to a power of two
