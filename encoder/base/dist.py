@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import random
 import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -311,8 +313,22 @@ def exchange(chunks: Sequence[torch.Tensor], *, receive: Sequence[int]) -> list[
     return list(received.to(chunks[0].device).split(list(receive)))
 
 
-def free_port() -> int:
-    """A port of this machine that is free at the moment."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+def free_port(*, ranges: str = "/proc/sys/net/ipv4/ip_local_port_range") -> int:
+    """A port of this machine that is free and that the kernel does not hand out by itself, where there are such.
+
+    Until the caller opens it, only a program that names this very port can take it.
+
+    ranges: the file in which Linux says which ports it hands out
+    """
+    # without the file: the least that systems hand out is 32768
+    handed_out_from = 32768
+    with contextlib.suppress(OSError):
+        handed_out_from = int(Path(ranges).read_text(encoding="ascii").split()[0])
+    others = range(10000, handed_out_from)
+    drawn = random.SystemRandom().sample(others, min(100, len(others)))
+    # 0: any port
+    for port in [*drawn, 0]:
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("", port))
+            return int(s.getsockname()[1])
+    raise PassingError("this machine has no free port")

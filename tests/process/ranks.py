@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from encoder.base.dist import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,9 +89,7 @@ def start_ranks(
 ) -> list[tuple[Rank, Path]]:
     """The processes, under way, and the folder of each one's result, out and err."""
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+    port, second_port = str(free_port()), str(free_port())
     ranks = []
     for rank in range(world_size):
         env = {
@@ -101,6 +100,8 @@ def start_ranks(
             "LOCAL_WORLD_SIZE": str(world_size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
+            # for a function that opens a store of its own
+            "SECOND_PORT": second_port,
             "OMP_NUM_THREADS": "1",
         }
         path = folder / str(rank)

@@ -113,9 +113,8 @@ def examine(
         return {}
     if world.rank == own_folder:
         os.makedirs(f"{folder}/other", exist_ok=True)
-    os.environ["MASTER_PORT"] = str(
-        int(os.environ["MASTER_PORT"]) % 20000 + 20011
-    )  # the tests' own store has theirs
+    # the tests' own store has the first
+    os.environ["MASTER_PORT"] = os.environ["SECOND_PORT"]
     words = [f"out={folder}/other"] if world.rank == own_folder else []
     speak_on(world.first)
     here = World(
