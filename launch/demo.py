@@ -175,16 +175,14 @@ def train_killed_and_resumed(
 ) -> list[tuple[str, str]]:
     """Trains; returns what the ledger proves, as rows of (what, how much)."""
     # here: torch takes seconds
-    from encoder.base.dist import free_port
     from encoder.runs.config import read_run
     from encoder.tools.report.compare import compare_ledgers, keep_ledger
     from launch.killed_training import Training, train
 
     run = out / "run"
     settings = run_settings(out, shrink=shrink)
-    launcher = f"deepspeed --num_accelerators 1 --master_port {free_port()} launch/pretrain.py"
     training = Training(
-        command=f"{launcher} {short(RUN_FILE)} {shlex.join(settings)}",
+        command=f"tessera pretrain {short(RUN_FILE)} {shlex.join(settings)}",
         run=run,
         log=out / "training.log",
         tokens=sum(phase.tokens for phase in read_run(RUN_FILE, settings).phases),
