@@ -66,7 +66,15 @@ def prepare(
         for plan in open_plans:
             with _disk_errors(Path(config.out)), open_ledger(plan.folder, part or Part()) as ledger:
                 try:
-                    _make_segments(plan, ledger, part or Part(), pool, encoder, again=again)
+                    _make_segments(
+                        plan,
+                        ledger,
+                        part or Part(),
+                        pool,
+                        encoder,
+                        processes=config.worker_processes,
+                        again=again,
+                    )
                 except BaseException:
                     pool.close()  # before anything of theirs is cleaned up
                     raise
@@ -255,9 +263,25 @@ def _start_pool(config: PrepareConfig, plans: list[_Plan], part: Part) -> Segmen
 
 
 def _make_segments(
-    plan: _Plan, ledger: Ledger, part: Part, pool: SegmentPool, encoder: EncoderName, *, again: bool
+    plan: _Plan,
+    ledger: Ledger,
+    part: Part,
+    pool: SegmentPool,
+    encoder: EncoderName,
+    *,
+    processes: int,
+    again: bool,
 ) -> None:
-    """The segments of a part that are not finished."""
+    """The segments of a part that are not finished.
+
+    plan: of the source
+    ledger: of its segments
+    part: of them, that this command makes
+    pool: makes them
+    encoder: that proved right
+    processes: as many as may work at a time
+    again: whether what was finished is made anew
+    """
     name, label = plan.source.name, "" if part.count == 1 else f" part {part.label}"
     ledger.begin(identity(plan.card), alone=part.count == 1, again=again)
     # all but the last rename is done: no segment is left to make
@@ -292,6 +316,7 @@ def _make_segments(
                     part=part,
                     folder=str(plan.folder),
                     made_from_sha256=plan.made_from_sha256,
+                    read_ahead=len(left) < processes,
                 )
                 for s in left
             ],

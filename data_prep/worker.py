@@ -12,11 +12,12 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -60,6 +61,7 @@ CHECK_CHARS = 500_000
 MOST_CHECK_CHARS = 20_000  # of one document
 # documents of a part of a file, of which none is good: the file is of another kind
 MANY = 100
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,7 @@ class SegmentJob:
     part: Part
     folder: str  # OUT/NAME
     made_from_sha256: str
+    read_ahead: bool = False  # a core has nothing to do: a thread parses the next block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +162,7 @@ class SegmentMaker:
         texts: list[str] = []
         # one block is enough; what cannot be read in it is reported when its segment is made
         with contextlib.suppress(ReadError), _memory_told(self):
+            self._say_place(asked.file, None)
             for block in itertools.islice(self._blocks(asked.source, Stretch(file=asked.file)), 1):
                 texts = [text for text in parse(block).texts if len(text) < MOST_CHECK_CHARS][
                     :CHECK_DOCUMENTS
@@ -198,8 +202,8 @@ class SegmentMaker:
             # of this stretch: documents taken, those that should not be there, the first of these
             good, problems, first_problem, broken = 0, 0, "", ""
             try:
-                for block in self._blocks(asked.source, stretch):
-                    parsed = self._encode(encoder, stretch.file, block, out, counts)
+                for block, parsed in self._parsed(asked, stretch):
+                    self._encode(encoder, stretch.file, block, parsed, out, counts)
                     good += len(parsed.texts)
                     problems += parsed.problems
                     first_problem = first_problem or parsed.problem or ""
@@ -219,18 +223,28 @@ class SegmentMaker:
             if broken:
                 counts.add_bad_file(stretch.file.name, broken)
 
-    def _blocks(self, source: Source, stretch: Stretch) -> Iterator[Block]:
-        """The blocks of a stretch; the place of each is told before it is worked on."""
+    def _parsed(self, asked: SegmentJob, stretch: Stretch) -> Iterator[tuple[Block, Parsed]]:
+        """The blocks of a stretch and what is in them; the place of each is told before it is worked on."""
         self._say_place(stretch.file, None)
-        for block in read_blocks(
+        blocks = self._blocks(asked.source, stretch)
+        if not asked.read_ahead:
+            for block in blocks:
+                self._say_place(stretch.file, block)
+                yield block, parse(block)
+            return
+        with made_ahead((block, parse(block)) for block in blocks) as pairs:
+            for block, parsed in pairs:
+                self._say_place(stretch.file, block)
+                yield block, parsed
+
+    def _blocks(self, source: Source, stretch: Stretch) -> Iterator[Block]:
+        return read_blocks(
             source,
             stretch.file,
             stretch.begin,
             stretch.end,
             most_bytes=self._job.max_document_bytes,
-        ):
-            self._say_place(stretch.file, block)
-            yield block
+        )
 
     def _say_place(self, file: InputFile, block: Block | None) -> None:
         self.place = file.place
@@ -240,9 +254,24 @@ class SegmentMaker:
         self._tell(At(place=self.place))
 
     def _encode(
-        self, encoder: TextEncoder, file: InputFile, block: Block, out: _Splits, counts: Counts
-    ) -> Parsed:
-        job, parsed, tokens = self._job, parse(block), 0
+        self,
+        encoder: TextEncoder,
+        file: InputFile,
+        block: Block,
+        parsed: Parsed,
+        out: _Splits,
+        counts: Counts,
+    ) -> None:
+        """The texts of a block into the shards.
+
+        encoder: gives their ids
+        file: in which the block lies
+        block: that was parsed
+        parsed: what is in it; a text that no encoder takes is taken out
+        out: takes the pieces
+        counts: take the documents
+        """
+        job, tokens = self._job, 0
         # from the last to the first: taking a text out moves those behind it
         for number in [
             number
@@ -282,7 +311,21 @@ class SegmentMaker:
                 )
             )
         self._tell(Done(file_bytes=block.file_bytes, documents=len(parsed.texts), tokens=tokens))
-        return parsed
+
+
+@contextlib.contextmanager
+def made_ahead(items: Iterator[_Item]) -> Iterator[Iterator[_Item]]:
+    """Gives the same items, in their order and with their error; a thread makes each while the one before it is in use."""
+    end = object()
+    with ThreadPoolExecutor(max_workers=1) as thread:
+
+        def each() -> Iterator[_Item]:
+            making = thread.submit(next, items, end)
+            while (item := making.result()) is not end:
+                making = thread.submit(next, items, end)
+                yield cast(_Item, item)
+
+        yield each()
 
 
 @contextlib.contextmanager
