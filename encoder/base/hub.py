@@ -28,6 +28,12 @@ _OUR_FOLDERS = ("configs", "corpus", "hf", "runs", "shards", "weights")
 _FILES = (".json", ".jsonl", ".pt", ".safetensors", ".yaml", ".yml")
 # of httpx, requests and urllib3, by name: none of them is imported for this
 _NO_CONNECTION = ("ConnectError", "ConnectTimeout", "ConnectionError", "NewConnectionError")
+# of all that are safe, as the hub's library takes patterns
+_SAFE_PATTERNS = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+)
 # taken only where there is nothing else; read as tensors alone
 PICKLED = "pytorch_model.bin"
 
@@ -176,9 +182,13 @@ def _from_cache(name: HubName, weights: bool, why: Exception) -> Fetched:
     import huggingface_hub
 
     try:
+        # of a folder that holds less than the whole model, version 2 wants to know what was fetched
         folder = Path(
             huggingface_hub.snapshot_download(
-                name.id, revision=name.revision, local_files_only=True
+                name.id,
+                revision=name.revision,
+                local_files_only=True,
+                allow_patterns=[*CONFIG, *(_SAFE_PATTERNS if weights else ())],
             )
         )
     except Exception:  # whatever the library raises: the network is what is missing

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,3 +89,12 @@ def transformers_modernbert(config: ModernBertConfig, **told: object):
 
 def names_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
+
+
+def task_pipeline(task: str) -> Callable[..., Any]:
+    """transformers' pipeline of a task, or a skip where this version has none: some went in the course of version 5."""
+    from transformers.pipelines import SUPPORTED_TASKS, pipeline
+
+    if task not in SUPPORTED_TASKS:
+        pytest.skip(f"this transformers has no pipeline for {task}")
+    return functools.partial(pipeline, task)

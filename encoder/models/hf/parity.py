@@ -12,11 +12,10 @@ rounding alone is large (sharp attention), again in fp64. Each is asked alone, p
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -35,6 +34,7 @@ from encoder.models.catalog import build_model
 from encoder.models.contract import Model, ModelConfig
 from encoder.models.hf.bridge import BY_MASK, Bridge, Padding
 from encoder.models.hf.catalog import bridge_of, bridge_of_settings
+from encoder.models.hf.quiet import quiet_transformers, without_bars
 from encoder.nn.heads import TokenDecoder
 
 # fp32 logits of equal models mostly differ by 4e-6 to 2e-5, those of sharp attention by more
@@ -232,10 +232,8 @@ def transformers_model(
             given = {"config": _config_of(bridge, settings)}
         auto = getattr(transformers, bridge.auto_class(said))
         # that heads are missing is said by who drew them
-        quiet: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if drawn:
-            quiet = _without_warnings()
-        with native_path(folder) as name, quiet:
+        quiet = quiet_transformers if drawn else without_bars
+        with native_path(folder) as name, quiet():
             model, notes = auto.from_pretrained(
                 name,
                 dtype=torch.float32,
@@ -270,24 +268,12 @@ def transformers_model(
     return model.eval()
 
 
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    import transformers
-
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
-
-
 def logits_fn(model: torch.nn.Module, bridge: Bridge) -> LogitsFn:
     """Transformers' model as `prove` asks it: the last hidden state at once, head and decoder where they are looked at."""
 
     def ask(ids_BL: Tensor, real_BL: Tensor) -> Rows:
         try:
-            with _KeepFloat64():
+            with KeepFloat64():
                 x_BLC = bridge.hidden_states(model, ids_BL, real_BL)
         except Exception as error:  # whatever its version raises
             import transformers
@@ -306,7 +292,7 @@ def logits_fn_fp64(model: torch.nn.Module, bridge: Bridge) -> LogitsFn:
     return logits_fn(copy.deepcopy(model).double(), bridge)
 
 
-class _KeepFloat64(TorchFunctionMode):
+class KeepFloat64(TorchFunctionMode):
     """transformers 5 turns queries and keys as fp32 whatever they are: of an fp64 model 4e-6 in the logits, 4e-14 with this."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -43,6 +43,7 @@ from encoder.models.hf.parity import (
     Proof,
     drawn_difference,
 )
+from encoder.models.hf.quiet import without_bars
 from encoder.models.hf.tokenizer import write_tokenizer
 from encoder.models.hf.write import PROOF, files_of_earlier, proof_file
 from encoder.models.stored import WEIGHTS, write_safetensors
@@ -77,7 +78,7 @@ class HeadForm:
     pipeline: str  # the tag of a card
     names: Mapping[HeadFamily, Names]
     outputs: str  # what a card says of them, where they have no names
-    usage: str  # Python that a card shows
+    usage: str  # Python that a card shows, behind the imports that it needs
     # (their output) -> logits [B, P, K] of a batch: one place of a text, or each of its tokens
     logits: Callable[[Any], Tensor]
     dropout: Mapping[HeadFamily, str]  # the word of config.json for the head's, where there is one
@@ -88,7 +89,8 @@ class HeadForm:
     @property
     def usage_import(self) -> str:
         """What `usage` needs of transformers."""
-        return self.auto_class if self.auto_class in self.usage else "pipeline"
+        # newer versions have no pipeline for answers in a text
+        return "pipeline" if "pipeline(" in self.usage else f"{self.auto_class}, AutoTokenizer"
 
     @property
     def auto_class(self) -> str:
@@ -174,8 +176,11 @@ FORMS: dict[HeadKind, HeadForm] = {
         },
         outputs="start and end of the answer",
         usage=(
-            'answer = pipeline("question-answering", model="FOLDER")(\n'
-            '    question="a question", context="a text that has the answer")'
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+            'tokens = tokenizer("a question", "a text that has the answer", return_tensors="pt")\n'
+            'found = AutoModelForQuestionAnswering.from_pretrained("FOLDER")(**tokens)\n'
+            "first, last = found.start_logits.argmax(), found.end_logits.argmax()\n"
+            'answer = tokenizer.decode(tokens["input_ids"][0, first : last + 1])'
         ),
         logits=lambda found: torch.stack([found.start_logits, found.end_logits], dim=-1),
         dropout={"modernbert": "classifier_dropout", "distilbert": "qa_dropout"},
@@ -196,8 +201,11 @@ FORMS: dict[HeadKind, HeadForm] = {
         },
         outputs="a score of each choice",
         usage=(
+            'texts, endings = ["a beginning", "a beginning"], ["one ending", "another"]\n'
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+            'tokens = tokenizer(texts, endings, padding=True, return_tensors="pt")\n'
             'model = AutoModelForMultipleChoice.from_pretrained("FOLDER")\n'
-            "scores = model(input_ids=ids[None], attention_mask=mask[None]).logits  # a row a choice"
+            "answer = model(**{name: x[None] for name, x in tokens.items()}).logits.argmax()"
         ),
         logits=lambda found: found.logits[:, :, None],
         dropout={**_dropouts("seq_classif_dropout"), "electra": "summary_last_dropout"},
@@ -330,7 +338,7 @@ def _loaded(task: TrainedTask, folder: Path, bridge: Bridge) -> Any:
 
     auto_class = getattr(transformers, FORMS[task.head.kind].auto_class)
     try:
-        with native_path(folder) as name:
+        with native_path(folder) as name, without_bars():
             theirs, notes = auto_class.from_pretrained(
                 name,
                 dtype=torch.float32,

@@ -20,7 +20,7 @@ from encoder.base.files import atomic_folder, files_below, native_path, write_js
 from encoder.base.schema import differences, to_plain, to_yaml
 from encoder.base.untrusted import read_json
 from encoder.models.hf.card import CARD, Table, plain, table_text
-from encoder.models.hf.quiet import quiet_transformers
+from encoder.models.hf.quiet import quiet_transformers, without_bars
 from encoder.models.hf.stages import MODULES, Embedding, write_sentence_transformers
 from encoder.tools.embedding.config import EmbedConfig
 from encoder.tools.embedding.models import embed, is_sparse
@@ -89,7 +89,7 @@ def write_folder(model: Any, settings: EmbedConfig, result: Mapping[str, Any]) -
 
 def _write_dense(model: Any, part: Path) -> None:
     body = model[0]
-    with native_path(part) as path:
+    with native_path(part) as path, without_bars():
         body.auto_model.save_pretrained(path, safe_serialization=True)
         body.tokenizer.save_pretrained(path)
     write_sentence_transformers(
@@ -124,7 +124,7 @@ def pooling_of(model: Any) -> str:
 
 
 def _write_sparse(model: Any, part: Path) -> None:
-    with native_path(part) as path:
+    with native_path(part) as path, without_bars():
         model.save_pretrained(path, create_model_card=False, safe_serialization=True)
     modules = read_json(part / MODULES, error=ExportError, root=list)
     for module in modules:

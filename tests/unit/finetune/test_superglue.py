@@ -11,7 +11,6 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 from torch.nn import functional as F
-from transformers.data.metrics.squad_metrics import compute_exact, compute_f1
 
 from encoder.base.batch import packed_documents
 from encoder.base.errors import ConfigError
@@ -333,11 +332,13 @@ def test_the_loss_of_packed_candidates_is_that_of_each_document_alone():
 
 
 def test_the_likeliest_candidate_is_scored_as_squads_script_does():
+    # up to some version 5
+    judge = pytest.importorskip("transformers.data.metrics.squad_metrics")
     asked = gaps()
     logits = np.array([[0.3], [-0.1], [1.5], [-2.0], [-3.0]])
     found = asked.scores(logits, ["f1", "exact_match"])
     answers = [("Carl", GAPS[0]["answers"]), ("Bob", GAPS[1]["answers"])]
-    for name, theirs in (("f1", compute_f1), ("exact_match", compute_exact)):
+    for name, theirs in (("f1", judge.compute_f1), ("exact_match", judge.compute_exact)):
         best = [max(theirs(gold, text) for gold in golds) for text, golds in answers]
         assert found.metrics[name] == pytest.approx(np.mean(best))
     assert found.metrics["exact_match"] == 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,13 @@ def ready(tmp_path: Path, family: str, *, kind: str = "text", **changes) -> Trai
     )
 
 
+def run_example(card: str, folder: Path):
+    """What the Python of a card answers, where FOLDER is the folder."""
+    example = folder.parent / "example.py"
+    example.write_text(card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(folder)))
+    return runpy.run_path(str(example))["answer"]
+
+
 @pytest.mark.parametrize("family", BODIES)
 def test_a_folder_of_each_family_is_proven_and_says_its_labels(tmp_path, family):
     import transformers
@@ -37,6 +45,7 @@ def test_a_folder_of_each_family_is_proven_and_says_its_labels(tmp_path, family)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card and "| dev | accuracy | 0.5000 |" in card
     assert json.loads((tmp_path / "out" / "export_proof.json").read_text())["transformers"]
+    assert run_example(card, tmp_path / "out")[0]["label"] in "abc"
 
 
 @pytest.mark.parametrize("kind", ["token", "span", "choice"])
@@ -53,6 +62,8 @@ def test_other_heads_have_their_classes_and_are_proven_at_every_token(tmp_path, 
         assert theirs.config.id2label == {0: "a", 1: "b", 2: "c"}
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"pipeline_tag: {form.pipeline}" in card and form.usage in card
+    answer = run_example(card, tmp_path / "out")
+    assert {"token": list, "span": str, "choice": torch.Tensor}[kind] is type(answer)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from encoder.base.world import World
 from encoder.data.examples import ExampleDealing, Examples, deal_examples, micro_batch
 from encoder.models.catalog import build_model
 from encoder.models.hf.catalog import bridge_of
+from encoder.models.hf.parity import KeepFloat64
 from encoder.models.hf.task import FORMS, TrainedTask, task_model, their_settings, their_weights
 from encoder.models.with_task import HeadShape, TaskModel, first_weights
 from encoder.objectives.text_tasks import TERM, Classes, Numbers, Picks, TextObjective, YesNo
@@ -136,7 +137,8 @@ def test_packed_gradients_are_those_of_transformers_with_one_denominator(family,
     task = drawn_task(family, kind=kind, pooling=pooling)
     examples = drawn_places(COUNT, kind=kind, segments=family == "bert")
     theirs = transformers_model(task)
-    LOSSES[kind](theirs, examples, task.specials.pad_id).backward()
+    with KeepFloat64():
+        LOSSES[kind](theirs, examples, task.specials.pad_id).backward()
     expected = {name: p.grad for name, p in theirs.named_parameters()}
 
     # their names hold gradients, too: the map is one of rows and names

@@ -34,7 +34,7 @@ from encoder.tools.page.similarity import similarity
 from encoder.tools.page.span import span
 from encoder.tools.page.tags import tags
 from launch import serve
-from tests.helpers.hf import write_tokenizer_json
+from tests.helpers.hf import task_pipeline, write_tokenizer_json
 from tests.helpers.pages import write_page_folder
 from tests.helpers.tasks import drawn_task, rows_of, write_start
 
@@ -82,9 +82,7 @@ def reader(place):
 
 
 def pipeline(task, folder, **told):
-    import transformers
-
-    return transformers.pipeline(task, model=str(folder), device="cpu", **told)
+    return task_pipeline(task)(model=str(folder), device="cpu", **told)
 
 
 def test_masks_are_filled_as_by_the_pipeline(mlm):
@@ -533,7 +531,8 @@ def test_a_roberta_takes_as_many_tokens_as_its_positions_leave():
     longest = longest_text(model, 99)
     assert longest == 12
     model(torch.full((1, longest), 5))
-    with pytest.raises(IndexError):
+    # transformers 5 looks its segments up by the position, too
+    with pytest.raises((IndexError, RuntimeError), match="range|bounds"):
         model(torch.full((1, longest + 1), 5))
     bert = transformers.BertModel(transformers.BertConfig(**small, max_position_embeddings=14))
     assert longest_text(bert, 99) == 14 and longest_text(bert, 6) == 6
