@@ -19,7 +19,7 @@ from encoder.base.untrusted import inside, read_json
 MODULES = "modules.json"
 STAGES = [("", "Transformer"), ("1_Pooling", "Pooling")]
 PROMPTS = "config_sentence_transformers.json"
-# the stages that are read, under every name that versions 2 to 5 gave them. Others may load code or pickles of a folder:
+# the stages that are read, under every name that versions 2 to 6 gave them. Others may load code or pickles of a folder:
 # Router takes class names from a file of its own, Dense takes functions by name
 CLASSES = frozenset(
     {
@@ -27,6 +27,7 @@ CLASSES = frozenset(
         "sentence_transformers.models.Pooling",
         "sentence_transformers.models.Normalize",
         "sentence_transformers.base.modules.transformer.Transformer",
+        "sentence_transformers.base.modules.normalize.Normalize",
         "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
         "sentence_transformers.sentence_transformer.modules.normalize.Normalize",
         "sentence_transformers.sparse_encoder.models.MLMTransformer",
@@ -54,7 +55,7 @@ class Embedding:
 def write_sentence_transformers(
     folder: Path, *, width: int, max_tokens: int, embedding: Embedding | None = None
 ) -> None:
-    """Writes what SentenceTransformer(folder) reads, in the words of versions 2 to 5.
+    """Writes what SentenceTransformer(folder) reads, in the words of versions 2 to 6.
 
     folder: of a body and its tokenizer
     width: of the states

@@ -80,8 +80,8 @@ def write_folder(model: Any, settings: EmbedConfig, result: Mapping[str, Any]) -
         if not worst <= TOLERANCE:
             raise ExportError(
                 f"the folder, read back, gives vectors that differ by {worst:.1e}; needed: at most"
-                f" {TOLERANCE:.0e}. Nothing was written. Use a version of sentence-transformers"
-                " from 5.0 to below 6."
+                f" {TOLERANCE:.0e}. Nothing was written. Use version 5 or 6 of"
+                " sentence-transformers."
             )
         said = {**result, "read_back_difference": worst}
         write_json(part / RESULT, {**said, "files": [*files_below(part), RESULT]})
