@@ -270,8 +270,8 @@ def _make_segments(
     if others := ledger.cut_otherwise(segments):
         ledger.drop(others, part)
         say(
-            f"{name}{label}: {len(others):,} finished segments were cut from the files in another"
-            " way, by another version of data-prep. They are made anew."
+            f"{name}{label}: {len(others):,} of {len(segments):,} segments were cut from the files"
+            " in another way, by another version of data-prep, and are made anew."
         )
     finished = ledger.finished()
     left = [s for s in segments if s.number not in finished]

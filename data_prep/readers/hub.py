@@ -60,7 +60,7 @@ def hub_files(source: HubSource) -> list[InputFile]:
         size = known // len(names)
     local = Path(source.dataset)
     # Parquet files of a folder are cut by their real sizes. Remote ones are not: every stretch would fetch
-    # some 10 MB of a file's beginning and end once more
+    # the file's beginning and end once more, by blocks of 5 MiB, and `size` is a guess
     is_here = not any("://" in url for url in urls)
     row_groups = ours and is_here and builder.name == "parquet"
     return [
