@@ -21,7 +21,7 @@ import re
 import secrets
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,33 @@ class Ledger:
             }
         return set()
 
+    def cut_otherwise(self, segments: Sequence[Segment]) -> list[Segment]:
+        """The finished ones that were made from other stretches of the files, as another version cuts them."""
+        finished = self.finished()
+        return [s for s in segments if s.number in finished and not self._is_cut_so(s)]
+
+    def _is_cut_so(self, segment: Segment) -> bool:
+        # what cannot be read is reported by `record`
+        with contextlib.suppress(ShardError):
+            path = self.folder_of(segment) / SEGMENT
+            content = read_json(path, root=dict, error=ShardError, most_bytes=INDEX_BYTES)
+            return content.get("stretches") == [s.described() for s in segment.stretches]
+        return True
+
+    def drop(self, segments: Sequence[Segment], part: Part) -> None:
+        """Finished segments are to be made anew. Raises ShardError where a merge has begun to move their shards."""
+        if segments and any((self.part / split).exists() for split in SPLITS):
+            raise ShardError(
+                f"{self.part} was being merged by another version of data-prep, which cut the files"
+                " in another way. Remove it, and run prepare again."
+            )
+        for segment in segments:
+            # renamed first: under its number stands a whole one, or none
+            beside = self._beside(segment, part)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(self.folder_of(segment), beside)
+            _remove(beside)
+
     def record(self, segment: Segment) -> Record:
         """What a finished segment holds. Raises ShardError if it is damaged or was cut from other files."""
         path = self.folder_of(segment) / SEGMENT
@@ -193,8 +220,8 @@ class Ledger:
             ) from error
         if record.stretches != [s.described() for s in segment.stretches]:
             raise ShardError(
-                f"{path.parent} was made from another stretch of the files. Remove it, and run"
-                " prepare again."
+                f"{path.parent} was made from another stretch of the files. Run prepare again,"
+                " which makes it anew."
             )
         return record
 
@@ -205,8 +232,7 @@ class Ledger:
     @contextlib.contextmanager
     def making(self, segment: Segment, part: Part) -> Iterator[Path]:
         """An empty folder for a segment; when the block ends well, it is the finished segment."""
-        # a name of its own: a process orphaned by a kill of its parent may still write to an older one
-        beside = self.segments / f".{part.label}.{segment.number:06}.{secrets.token_hex(4)}"
+        beside = self._beside(segment, part)
         beside.mkdir()
         try:
             yield beside
@@ -218,6 +244,10 @@ class Ledger:
             fsync_path(self.segments)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
+
+    def _beside(self, segment: Segment, part: Part) -> Path:
+        # a name of its own: a process orphaned by a kill of its parent may still write to an older one
+        return self.segments / f".{part.label}.{segment.number:06}.{secrets.token_hex(4)}"
 
     def clear(self, part: Part) -> None:
         """Throw away what killed runs of this part (of every part, for the whole) left half-made: folders of segments, and

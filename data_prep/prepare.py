@@ -107,7 +107,9 @@ def missing_parts(config: PrepareConfig, *, count: int) -> list[int]:
         ledger = Ledger(plan.folder)
         # a source that is finished, or assembled but for its last rename, needs no part any more
         if not _stands(plan) and not ledger.assembled:
-            finished = ledger.finished()
+            # those that are cut in another way are made anew
+            others = {s.number for s in ledger.cut_otherwise(plan.segments)}
+            finished = ledger.finished() - others
             for index in range(1, count + 1):
                 segments = Part(index=index, count=count).of(plan.segments)
                 if any(s.number not in finished for s in segments):
@@ -288,7 +290,14 @@ def _make_segments(
     if ledger.assembled:
         return
     ledger.clear(part)
-    finished, segments = ledger.finished(), part.of(plan.segments)
+    segments = part.of(plan.segments)
+    if others := ledger.cut_otherwise(segments):
+        ledger.drop(others, part)
+        say(
+            f"{name}{label}: {len(others):,} of {len(segments):,} segments were cut from the files"
+            " in another way, by another version of data-prep, and are made anew."
+        )
+    finished = ledger.finished()
     left = [s for s in segments if s.number not in finished]
     if len(left) < len(segments):
         say(

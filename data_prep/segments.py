@@ -1,11 +1,18 @@
 """A source cut into segments: the unit that one process makes, that a kill costs, and that parts of a job array share.
 
 The files of a source lie end to end, and every `segment_bytes` of them begin a segment. What is read as a whole - a
-line, a paragraph, or a file that cannot be entered in its middle - belongs to the segment in which it begins:
+line, a paragraph, a row group of Parquet, or a file that cannot be entered in its middle - belongs to the segment in
+which it begins:
 
     files      |a.jsonl          |b.jsonl   |c.jsonl.gz        |d.jsonl |
     segments   |0      |1      |2      |3      |4      |5      |6      |
     c.jsonl.gz                               3 3 3 3 3 3 3 3 3           so 4 has nothing and is left out
+
+Cuts are made by sizes alone, and no file is opened for them. So a segment may be empty: here 1, of three row groups.
+
+    e.parquet  |first            |second    |third|
+    segments   |0      |1      |2      |3      |
+                0 0 0 0 0 0 0 0 0 2 2 2 2 2 3 3 3
 
 Segments are a function of the input and of shard_bytes alone. Every one makes shards of its own, so the shards are the
 same whoever made them, in however many parts, and however often that was interrupted.

@@ -212,8 +212,10 @@ class SegmentMaker:
                 if self._job.stop_on_error:
                     raise
                 broken = str(error)
-                warn_once(f"left out, with an unknown number of documents: {error}")
-                counts.leave_out({"rest of a broken file": 1})
+                # a file of which nothing can be read is said and counted once, by its beginning
+                if not (error.whole_file and stretch.begin):
+                    warn_once(f"left out, with an unknown number of documents: {error}")
+                    counts.leave_out({"rest of a broken file": 1})
 
             # no good document at all: the file is of another kind. In a part of a file, which has
             # an end, a few bad lines prove nothing, so it takes MANY

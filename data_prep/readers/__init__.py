@@ -28,7 +28,14 @@ from data_prep.config import (
     Source,
     TextSource,
 )
-from data_prep.readers.blocks import MOST_DOCUMENT_BYTES, Block, Limits, Parsed, ReadError
+from data_prep.readers.blocks import (
+    MOST_DOCUMENT_BYTES,
+    Block,
+    Limits,
+    Parsed,
+    ReadError,
+    opening,
+)
 from data_prep.readers.files import InputFile, check_kind, fingerprint, local_files
 from data_prep.readers.kinds import HEAD_BYTES, kind_of
 from data_prep.readers.packed import open_at
@@ -74,15 +81,20 @@ def pinned(source: Source, files: list[InputFile]) -> Source:
 
 def can_be_cut(source: Source, file: InputFile) -> bool:
     """Whether the documents that begin in a range of the file's bytes can be read without those before."""
+    # Parquet of a dataset, too
+    if file.row_groups:
+        return True
+    if file.path is None or file.packing is not None:
+        return False
+    if isinstance(source, ParquetSource):
+        return True
     by_lines = (
         isinstance(source, JsonlSource)
         or isinstance(source, TextSource)
         and source.document != "file"
     )
     # a plain file with such a name was never cut: its segments stay what they were
-    if not by_lines or file.packing is not None:
-        return False
-    return file.path is not None and file.path.suffix not in (".gz", ".zst")
+    return by_lines and file.path.suffix not in (".gz", ".zst")
 
 
 def read_blocks(
@@ -95,11 +107,12 @@ def read_blocks(
 ) -> Iterator[Block]:
     """The blocks of one file in order; memory is bounded by some blocks and the longest document. Raises ReadError.
 
-    begin, end: of a file that can be cut, the documents that begin in these bytes are read.
+    begin, end: of a file that can be cut, the documents that begin in these bytes are read; of Parquet the row groups.
     most_bytes: that a document may have as it is read; a longer one becomes a block that says so.
     """
     limits = Limits(block_bytes=BLOCK_BYTES, document_bytes=most_bytes)
-    check_kind(source, file)
+    with opening():
+        check_kind(source, file)
     if isinstance(source, TextSource) and source.document == "file":
         from data_prep.readers.lines import text_blocks
 
@@ -123,14 +136,14 @@ def read_blocks(
     if isinstance(source, ParquetSource):
         from data_prep.readers.tables import parquet_blocks
 
-        return parquet_blocks(source, file, limits)
+        return parquet_blocks(source, file, limits, begin=begin, end=end)
     if isinstance(source, ArrowSource):
         from data_prep.readers.tables import arrow_blocks
 
         return arrow_blocks(source, file, limits)
     from data_prep.readers.hub import hub_blocks
 
-    return hub_blocks(source, file, limits)
+    return hub_blocks(source, file, limits, begin, end)
 
 
 def numbered(block: Block, file: InputFile) -> Block:

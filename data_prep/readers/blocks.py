@@ -21,6 +21,9 @@ READ_ERRORS = (OSError, EOFError, zlib.error)
 class ReadError(UserError):
     """A file that cannot be read to its end; under on_error: skip, the rest of it is left out."""
 
+    # nothing of the file can be read: every stretch of it says the same
+    whole_file = False
+
 
 @dataclass(frozen=True, kw_only=True)
 class NotUtf8:
@@ -108,6 +111,16 @@ class Parsed:
         self.left_out[reason] += 1
         self.problems += 1
         self.problem = self.problem or problem
+
+
+@contextlib.contextmanager
+def opening() -> Iterator[None]:
+    """A ReadError inside is of the whole file, whichever stretch of it was asked for."""
+    try:
+        yield
+    except ReadError as error:
+        error.whole_file = True
+        raise
 
 
 class UntilBroken:

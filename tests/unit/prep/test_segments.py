@@ -228,6 +228,15 @@ def test_an_error_keeps_the_finished_segments_and_the_run_goes_on_from_them(
     assert read_card(tmp_path / "shards/a/train").recipe["counts"]["left_out"] == {"not json": 1}
 
 
+def test_a_cut_file_of_another_kind_is_counted_once(tmp_path, config, capsys):
+    (tmp_path / "a.jsonl").write_text("[" + (tmp_path / "a.jsonl").read_text())
+    assert run("prepare", config, "on_error=skip") == 0
+    assert capsys.readouterr().err.count("a.jsonl is one JSON array") == 1
+    counts = read_card(tmp_path / "shards/a/train").recipe["counts"]
+    assert counts["left_out"] == {"rest of a broken file": 1}
+    assert list(counts["bad_files"]) == ["a.jsonl"] and counts["documents_read"] == 70
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: from here on nothing on the disk changes, whatever clean-up code tries."""
 
