@@ -124,8 +124,32 @@ def initial_values(
         return nn.init.normal_(drawn, std=sigma, generator=draw)
     if rule == "electra" and name.endswith(BY_DEFAULT):
         return nn.init.xavier_uniform_(drawn, generator=draw)
+    return truncated_normal_(drawn, sigma=sigma, cutoff_factor=cutoff_factor, draw=draw)
+
+
+def truncated_normal_(
+    drawn: Tensor, *, sigma: float, cutoff_factor: float, draw: torch.Generator
+) -> Tensor:
+    """Fills a tensor from a normal that is cut, by the inverse of its distribution function.
+
+    x = sigma sqrt(2) erfinv(u),  u ~ U(-p, p),  p = erf(cutoff_factor / sqrt(2))
+
+    A seed gives the same values under every version of torch: these are those of nn.init.trunc_normal_ in torch 2.11,
+    which draws in another way since.
+
+    drawn: what is filled
+    sigma: of the normal before it is cut
+    cutoff_factor: sigmas at which it is cut
+    draw: the generator
+    """
     cut = cutoff_factor * sigma
-    return nn.init.trunc_normal_(drawn, std=sigma, a=-cut, b=cut, generator=draw)
+    # the shares below the two cuts, rounded as torch 2.11 does
+    below = (1.0 + math.erf(-cut / sigma / math.sqrt(2.0))) / 2.0
+    above = (1.0 + math.erf(cut / sigma / math.sqrt(2.0))) / 2.0
+    drawn.uniform_(2.0 * below - 1.0, 2.0 * above - 1.0, generator=draw)
+    drawn.erfinv_().mul_(sigma * math.sqrt(2.0))
+    # rounding may pass the cut
+    return drawn.clamp_(min=-cut, max=cut)
 
 
 def sigma_of(name: str, shape: Sequence[int], *, initializer_range: float, layers: int) -> float:

@@ -14,12 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 from encoder.nn.attend.contract import AttentionRequest
 from encoder.nn.attend.packed import HALVES, Needs
@@ -41,6 +43,8 @@ class Flex:
         self, cu_seqlens_S1: Tensor, *, max_seqlen: int, tokens: int, window_radius_tokens: int
     ) -> FlexPlan:
         """Two block masks; nothing is read back from the device."""
+        from torch.nn.attention.flex_attention import flex_attention
+
         attend: Callable[..., Any] = flex_attention
         if cu_seqlens_S1.device.type == "cuda":
             attend = _compiled()
@@ -106,6 +110,9 @@ def block_mask(cu_seqlens_S1: Tensor, *, tokens: int, radius: int | None) -> Blo
         together = document_T[query] == document_T[key]
         return together if radius is None else together & ((query - key).abs() <= radius)
 
+    # it asks torch's compiler, 1.5 s, for which those without this kernel need not wait
+    from torch.nn.attention.flex_attention import BlockMask
+
     # where all pairs see each other the kernel does not ask `sees`
     partial, full = _listed(some_BB & ~all_BB), _listed(all_BB)
     return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK_TOKENS, mask_mod=sees)
@@ -130,5 +137,7 @@ def _missing() -> str | None:
 def _compiled() -> Callable[..., Any]:
     # a graph for each length, window and mode (a run with two phases and evaluation has 8); beyond torch's limit of 8 it would
     # run uncompiled, with scores of T x T: whole, it raises instead
+    from torch.nn.attention.flex_attention import flex_attention
+
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from scipy import special
 from torch import nn
 
 from encoder.models.modernbert import ModernBertConfig, ModernBertForMaskedLM
@@ -15,6 +16,7 @@ from encoder.nn.init import (
     initial_values,
     mimetic_values,
     sigma_of,
+    truncated_normal_,
     why_not_mimetic,
 )
 
@@ -229,3 +231,23 @@ def test_mimetic_signs_are_not_the_librarys(monkeypatch):
     expected = mimetic_values(name, drawn, seed=4, strength=1.0, turns={})
     monkeypatch.setattr(torch.linalg, "qr", lambda x: tuple(-part for part in qr(x)))
     assert mimetic_values(name, drawn, seed=4, strength=1.0, turns={}) == pytest.approx(expected)
+
+
+def test_a_seed_draws_the_same_under_every_version_of_torch():
+    """nn.init.trunc_normal_ gave other values from some version after 2.11 on: a run's first weights would have moved."""
+    drawn = initial_values("tok_embeddings.weight", (64, 64), seed=3, cutoff_factor=2.0, **RULE)
+    # drawn with torch 2.11
+    torch.testing.assert_close(
+        drawn[0, :6].tolist(),
+        [0.0002587991, 0.0128262816, 0.0002558583, 0.017060848, -0.0240790453, 0.0213436391],
+        rtol=1e-5,
+        atol=0,
+    )
+
+    # the formula, by scipy
+    uniform = torch.empty(1000).uniform_(generator=torch.Generator().manual_seed(1)).double()
+    share = special.erf(2 / math.sqrt(2))
+    expected = 0.02 * math.sqrt(2) * special.erfinv((2 * uniform.numpy() - 1) * share)
+    draw = torch.Generator().manual_seed(1)
+    found = truncated_normal_(torch.empty(1000), sigma=0.02, cutoff_factor=2.0, draw=draw)
+    torch.testing.assert_close(found.double(), torch.from_numpy(expected), rtol=0, atol=1e-7)
