@@ -1,5 +1,7 @@
 # make demo   raw text -> shards -> training (killed and resumed) -> Hugging Face folder -> fill-mask, in one command
 # make test   what needs neither a GPU nor a cluster, without the tests marked matrix and slow
+# make test-matrix   the same in the other combinations
+# make test-newest   the same under the newest release of everything that is used, in .venv-newest (6 GB more)
 # make test-cluster  job scripts on a real Slurm of several nodes on this machine; needs root and Debian's Slurm, says what is missing
 # make check  style, import contract, types and the tests that take seconds
 
@@ -8,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test test-cluster check clean
+.PHONY: help install demo test test-matrix test-newest test-cluster check clean
 
 help:
 	@sed -n 's/^# \(make.*\)/\1/p' Makefile
@@ -34,6 +36,13 @@ test: install
 # what a plain run shows in one combination, in the others
 test-matrix: install
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --matrix -m matrix
+
+# mosaicml-streaming asks for transformers below 5 and numpy below 2.2, and works with later ones: pip says so, and goes on
+test-newest:
+	@test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]'
+	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade transformers tokenizers huggingface_hub numpy
+	@PATH="$(CURDIR)/.venv-newest/bin:$$PATH" PYTHONDONTWRITEBYTECODE= .venv-newest/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-cluster: install
 	@$(BIN)/python tests/cluster/side_by_side.py
