@@ -27,12 +27,14 @@ from data_prep.config import (
     TextSource,
     TsvSource,
 )
+from data_prep.counted_words import CountedWords, count_words
 from data_prep.long_texts import by_chars
 from data_prep.output import output
 from data_prep.readers import find_files, numbered, parse, read_blocks
 from data_prep.readers.packed import PACKED_ENDINGS
 from data_prep.tokenization import text_hash
 from data_prep.tokenizer_files import SPECIALS, added_token, refuse_others, write_tokenizer_json
+from data_prep.unigram_training import learn_pieces
 from data_prep.words import WordCounter
 from encoder.base.errors import ConfigError
 from encoder.base.log import say
@@ -40,12 +42,15 @@ from encoder.base.tokenizer_json import Frame, template
 from encoder.data.shard_format import INDEX
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
 
 MOST_SAMPLE_MB = 1_000_000
 MOST_CHARACTERS = 1000  # of a WordPiece alphabet, as BERT's; rarer ones are unknown
 PREFIX = "##"  # of a WordPiece inside of a word
 COUNTED_CHARS = 2**22  # whose words are counted at a time
+# characters of all different words that are learned from; 10 us and 0.15 KB for each of Unigram
+MOST_WORD_CHARS = {"unigram": 2**23, "wordpiece": 2**24}
+REPEATED_CHARS = 2**16  # of words given to the library at a time
 NEVER_CHOSEN = -1000.0  # score of a Unigram entry that no text gives
 
 
@@ -144,10 +149,9 @@ def train_tokenizer(
     refuse_others(out)
     sample = _Sample(sources, root, int(config.sample_mb * 1e6))
     with output(out.parent, [out.name]):
-        # WordPiece goes over the sample twice, first for its letters
-        letters = _letters(tokenizer, sample) if config.kind == "wordpiece" else None
-        trainer = _trainer(config, vocab_size=vocab_size, special=inside, letters=letters)
-        _train(tokenizer, sample.texts(), trainer)
+        words = _learn(
+            tokenizer, sample, config, vocab_size=vocab_size, inside=inside, appended=appended
+        )
         # too little text gives fewer entries; an alphabet alone may be more
         learned = tokenizer.get_vocab_size()
         if learned != config.vocab_size - len(appended):
@@ -162,10 +166,57 @@ def train_tokenizer(
         content = json.loads(tokenizer.to_str())
         _put_specials(content, config, appended, first_id=learned)
         write_tokenizer_json(content, out)
-    say(
+    line = (
         f"{out}: {config.vocab_size:,} entries, trained on {sample.documents:,} documents"
-        f" ({sample.bytes / 1e6:.1f} MB)."
+        f" ({sample.bytes / 1e6:.1f} MB)"
     )
+    if words is not None and not words.is_whole:
+        line += (
+            f", of about {words.met:,} different words on {len(words.counts):,}: all frequent ones,"
+            " and some rare ones that count for the others"
+        )
+    say(f"{line}.")
+
+
+def _learn(
+    tokenizer: Tokenizer,
+    sample: _Sample,
+    config: TrainingConfig,
+    *,
+    vocab_size: int,
+    inside: Sequence[str],
+    appended: Sequence[str],
+) -> CountedWords | None:
+    """Puts a trained model into a tokenizer; the words that it was learned from, if they were counted here.
+
+    tokenizer: with its normalizer and splits
+    sample: the text
+    config: kind and names
+    vocab_size: entries to be learned, `inside` included
+    inside: entries that stand first
+    appended: entries that stand behind, and are put there later
+    """
+    if config.kind == "bpe":
+        # no count of ours splits as GPT-2 does
+        trainer = _trainer(config, vocab_size=vocab_size, special=inside, letters=None)
+        _train(tokenizer, sample.texts(), trainer)
+        return None
+
+    words = _words(tokenizer, sample, MOST_WORD_CHARS[config.kind])
+    if config.kind == "wordpiece":
+        letters = _letters(words)
+        trainer = _trainer(config, vocab_size=vocab_size, special=inside, letters=letters)
+        _train_on_words(tokenizer, words, trainer)
+        return words
+
+    pieces = learn_pieces(
+        words.counts,
+        wanted=vocab_size - len(inside),
+        least=words.least,
+        without={*inside, *appended},
+    )
+    _put_pieces(tokenizer, pieces, config, special=inside)
+    return words
 
 
 def _train(tokenizer: Tokenizer, texts: Iterator[str], trainer: Any) -> None:
@@ -184,6 +235,58 @@ def _train(tokenizer: Tokenizer, texts: Iterator[str], trainer: Any) -> None:
     thread.join()
     if failed:
         raise failed[0]
+
+
+def _put_pieces(
+    tokenizer: Tokenizer,
+    pieces: Sequence[tuple[str, float]],
+    config: TrainingConfig,
+    *,
+    special: Sequence[str],
+) -> None:
+    """Gives a tokenizer the Unigram model of these pieces.
+
+    tokenizer: with its normalizer and splits
+    pieces: each with its log-probability
+    config: names
+    special: entries that stand first
+    """
+    from tokenizers import models
+
+    entries = [*((name, 0.0) for name in special), *pieces]
+    unk_id = special.index(config.special.roles["unk"])
+    tokenizer.model = models.Unigram(entries, unk_id, False)
+    tokenizer.add_special_tokens(_special_tokens(config, special))
+
+
+def _special_tokens(config: TrainingConfig, names: Sequence[str]) -> list[AddedToken]:
+    from tokenizers import AddedToken
+
+    # [MASK] takes the space before it into itself
+    mask = config.special.roles["mask"]
+    return [AddedToken(name, special=True, normalized=False, lstrip=name == mask) for name in names]
+
+
+def _train_on_words(tokenizer: Tokenizer, words: CountedWords, trainer: Any) -> None:
+    """As `_train` on the texts of these words: the library has no way in for counts, so they are repeated."""
+    from tokenizers import pre_tokenizers
+
+    normalizer = tokenizer.normalizer
+    pre_tokenizer = tokenizer.pre_tokenizer
+    # these are done, and no word holds a line end
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit("\n")
+    _train(tokenizer, _repeated(words), trainer)
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizer
+
+
+def _repeated(words: CountedWords) -> Iterator[str]:
+    """Lines of words, each as often as it counts."""
+    for word, count in words.counts.items():
+        lines_at_once = max(1, REPEATED_CHARS // len(word))
+        for done in range(0, count, lines_at_once):
+            yield (word + "\n") * min(lines_at_once, count - done)
 
 
 def _untrained(config: TrainingConfig) -> Tokenizer:
@@ -230,24 +333,33 @@ class _Letters:
     inside: list[str]
 
 
-def _letters(tokenizer: Tokenizer, sample: _Sample) -> _Letters:
-    """The most frequent letters of a sample as a WordPiece tokenizer sees it.
+def _letters(words: CountedWords) -> _Letters:
+    """The most frequent letters of words as a WordPiece tokenizer sees them.
 
     The library numbers the letters inside of words in the order in which it meets them, another one each time. They are
     given to it in this order instead, which is that of Unicode.
     """
     counts: Counter[str] = Counter()
     behind: set[str] = set()
-    # the words of some texts at a time, since a Python step for each word of a text takes 2 us
-    for word, count in _counted_words(tokenizer, sample.texts()):
-        split = tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(word))
-        for piece, _ in split:
-            for letter in piece:
-                counts[letter] += count
-            behind.update(piece[1:])
+    for word, count in words.counts.items():
+        for letter in word:
+            counts[letter] += count
+        behind.update(word[1:])
     # the most frequent; of equally frequent ones the order of Unicode decides
     kept = sorted(counts, key=lambda letter: (-counts[letter], letter))[:MOST_CHARACTERS]
     return _Letters(alphabet=sorted(kept), inside=sorted(behind.intersection(kept)))
+
+
+def _words(tokenizer: Tokenizer, sample: _Sample, most_chars: int) -> CountedWords:
+    """The words of a sample as the model sees them, of not much more than `most_chars`."""
+    raw = count_words(_counted_words(tokenizer, sample.texts()), most_chars=most_chars)
+    counts: Counter[str] = Counter()
+    # such a word may be several to the model
+    for word, count in raw.counts.items():
+        normal = tokenizer.normalizer.normalize_str(word)
+        for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal):
+            counts[piece] += count
+    return CountedWords(counts=dict(counts), met=raw.met, is_whole=raw.is_whole, least=raw.least)
 
 
 def _counted_words(tokenizer: Tokenizer, texts: Iterator[str]) -> Iterator[tuple[str, int]]:
@@ -267,25 +379,19 @@ def _trainer(
     special: entries that stand first
     letters: of a WordPiece
     """
-    from tokenizers import AddedToken, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers, trainers
 
-    # [MASK] takes the space before it into itself
-    mask = config.special.roles["mask"]
     first = [*special, *([PREFIX + letter for letter in letters.inside] if letters else [])]
     common = {
         "vocab_size": vocab_size,
         "show_progress": False,
-        "special_tokens": [
-            AddedToken(name, special=True, normalized=False, lstrip=name == mask) for name in first
-        ],
+        "special_tokens": _special_tokens(config, first),
     }
     if letters:
         size = len(letters.alphabet)
         return trainers.WordPieceTrainer(
             initial_alphabet=letters.alphabet, limit_alphabet=size, **common
         )
-    if config.kind == "unigram":
-        return trainers.UnigramTrainer(unk_token=config.special.roles["unk"], **common)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     return trainers.BpeTrainer(initial_alphabet=alphabet, **common)
 

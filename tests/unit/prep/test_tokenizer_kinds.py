@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import tokenizers
 import transformers
 
+from data_prep import tokenizer_training
 from data_prep.shards import ShardSamples, lacking_specials, specials_inside, text_stretches
 from data_prep.tokenization import HOSTILE, TextEncoder, choose_encoder
 from encoder.base.tokenizer_json import ROLES, special_ids_of, unused_ids
@@ -60,8 +62,7 @@ def test_a_trained_tokenizer_has_its_familys_ids_and_frame(family, trained):
     assert tokenizer.get_vocab_size() == ENTRIES[family]
     one = tokenizer.encode("the cat", add_special_tokens=False).ids
     assert tokenizer.encode("the cat").ids == [*specials.before, *one, *specials.behind]
-    if family in ("bert", "roberta"):  # the library's sums for a Unigram come in any order
-        assert path.read_bytes() == trained[1][family].read_bytes(), "training twice"
+    assert path.read_bytes() == trained[1][family].read_bytes(), "training twice"
 
 
 def test_berts_unused_entries_are_those_of_its_vocabulary(trained):
@@ -248,3 +249,48 @@ def test_what_lacks_of_a_frame_at_the_end_is_seen_and_put_there(trained):
     begins_P, ends_P = text_stretches(samples.lengths_P, specials, lacks)
     first = [samples.ids_T[a:b].tolist() for a, b in zip(begins_P, ends_P)][:3]
     assert first == [[9, 10], [9, 10], [9, 10]]
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+def test_words_are_counted_as_the_library_counts_them(kind):
+    """Its trainer holds the words that it was fed."""
+    given = [
+        *texts(200),
+        *TEXTS,
+        *HOSTILE,
+        "ÉCOLE naïve, l\u2019\ufb01n",
+        "a\u3000b  日本語 ＡＢ\n\tx",
+    ]
+    config = tokenizer_training.TrainingConfig(kind=kind, lowercase=True)
+    tokenizer = tokenizer_training._untrained(config)
+    ours = tokenizer_training._words(tokenizer, Texts(given), most_chars=10**6)
+    trainer = tokenizers.trainers.UnigramTrainer(vocab_size=500, show_progress=False)
+    tokenizer.model = tokenizers.models.Unigram()
+    tokenizer.train_from_iterator(given, trainer)
+    # an empty word is none
+    theirs = json.loads(trainer.__getstate__())["UnigramTrainer"]["words"]
+    assert ours.is_whole and ours.counts == {word: n for word, n in theirs.items() if word}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """In the place of a sample."""
+
+    given: list[str]
+
+    def texts(self) -> list[str]:
+        return self.given
+
+
+@pytest.mark.parametrize("family", ["bert", "albert"])
+def test_too_many_words_count_for_each_other_and_it_is_said(family, tmp_path, capsys, monkeypatch):
+    given = [f"the cat sat in the house of rat{number:03}" for number in range(300)]
+    write_jsonl(tmp_path / "a.jsonl", given)
+    kind = KINDS[family][1]
+    monkeypatch.setitem(tokenizer_training.MOST_WORD_CHARS, kind, 900)
+    out = tmp_path / "t.json"
+    options = ("--kind", kind, "--vocab-size", 60, "--files", tmp_path / "a.jsonl", "--out", out)
+    assert run("tokenizer", "train", *options) == 0
+    said = capsys.readouterr().out
+    assert "different words on" in said and "all frequent ones" in said
+    assert special_ids_of(out)[0] == 60
