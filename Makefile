@@ -37,11 +37,14 @@ test: install
 test-matrix: install
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --matrix -m matrix
 
+# what users have whose pip does not know our constraints
+NEWEST := torch torchvision deepspeed transformers tokenizers huggingface_hub safetensors datasets pyarrow fastokens numpy scipy \
+          scikit-learn sentence-transformers gradio onnx onnxscript onnxruntime wandb
 # mosaicml-streaming asks for transformers below 5 and numpy below 2.2, and works with later ones: pip says so, and goes on
 test-newest:
 	@test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
-	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]'
-	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade transformers tokenizers huggingface_hub numpy
+	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -c configs/constraints.txt -e '.[dev]'
+	@.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade $(NEWEST)
 	@PATH="$(CURDIR)/.venv-newest/bin:$$PATH" PYTHONDONTWRITEBYTECODE= .venv-newest/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-cluster: install
