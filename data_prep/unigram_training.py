@@ -116,7 +116,10 @@ class _Pieces:
 
 
 def _rolled(letters: list[np.ndarray], begin: int, length: int) -> Iterator[np.ndarray]:
-    """Hashes of the substrings from a place on, of 1, 2, ... letters; of words that go on so far."""
+    """Hashes of the substrings from a place on, of 1, 2, ... letters; of words that go on so far.
+
+    64 bits each: two of 100 million different substrings share one with a chance of 1 in 4,000.
+    """
     hashes = np.zeros(len(letters[begin]), np.uint64)
     for column in letters[begin : begin + length]:
         mixed = (column + np.uint64(1)) * _MIX
@@ -126,16 +129,23 @@ def _rolled(letters: list[np.ndarray], begin: int, length: int) -> Iterator[np.n
 
 
 def _seeds(words: _Columns, *, least_count: int) -> _Pieces:
+    """The SEEDS substrings with the largest count * letters, and all letters, with shares of it as probabilities.
+
+    words: counted
+    least_count: of a substring of two and more letters
+    """
     found = []
     scores = []
     places = len(words.letters)
     longest = min(MOST_LETTERS, places)
     rolls = [_rolled(words.letters, begin, longest) for begin in range(places)]
     for length in range(1, longest + 1):
+        # all substrings of this length, at whatever place they begin
         hashes = [next(roll) for roll in rolls[: places - length + 1]]
         sizes = np.array([len(part) for part in hashes])
         hashes = np.concatenate(hashes)
         weights = np.concatenate([words.counts_W[:size] for size in sizes])
+        # equal ones stand together now: their counts add up
         order = np.argsort(hashes, kind="stable")
         ordered = hashes[order]
         firsts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
@@ -145,7 +155,7 @@ def _seeds(words: _Columns, *, least_count: int) -> _Pieces:
         if len(kept) > SEEDS:
             kept = kept[np.sort(np.argsort(-score, kind="stable")[:SEEDS])]
             score = counts[kept] * length
-        # the first place where it is found
+        # the first place where each is found, so that its letters can be read
         at = order[firsts[kept]]
         begins = np.searchsorted(np.cumsum(sizes), at, side="right")
         rows = at - (np.cumsum(sizes) - sizes)[begins]
@@ -208,9 +218,15 @@ class _Hits:
 
 
 def _hits(letters: list[np.ndarray], hashes_P: np.ndarray, *, of_whole: bool = True) -> _Hits:
-    """The pieces in words; with of_whole False without those that are the word."""
+    """The pieces in words.
+
+    letters: of the words, by place
+    hashes_P: of the pieces, ascending
+    of_whole: False leaves out a piece that is a whole word
+    """
     sizes = [len(column) for column in letters]
     sizes = [sizes[0], *sizes, 0] if sizes else [0, 0]
+    # most substrings are no piece: a table of the hashes' first bits says so for 15 in 16 before a search
     shift = np.uint64(64 - _TABLE_BITS)
     table = np.zeros(2**_TABLE_BITS, bool)
     table[(hashes_P >> shift).astype(np.int64)] = True
@@ -244,7 +260,14 @@ def _hits(letters: list[np.ndarray], hashes_P: np.ndarray, *, of_whole: bool = T
 
 
 def _expected(hits: _Hits, pieces: _Pieces, counts_W: np.ndarray) -> np.ndarray:
-    """How often each piece is expected, by forward and backward sums over the segmentations of each word."""
+    """How often each piece is expected [P], by forward and backward sums over the segmentations of each word.
+
+        forward[i]  = sum over pieces that end at place i    of forward[their begin] * p
+        backward[i] = sum over pieces that begin at place i  of backward[their end] * p
+        expected(piece) = sum over its hits of count * forward[begin] * p * backward[end] / backward[0]
+
+    Groups come in the order of their ends, so what a sum needs is there. In a group a word stands once.
+    """
     # a factor for each letter keeps the sums near one; it cancels
     chances_P = np.exp(pieces.logs_P + _nats_a_letter(pieces) * pieces.lengths_P)
     values_K = chances_P[hits.ids_K]
@@ -254,14 +277,17 @@ def _expected(hits: _Hits, pieces: _Pieces, counts_W: np.ndarray) -> np.ndarray:
         rows = hits.rows_K[group.begin : group.end]
         values = values_K[group.begin : group.end]
         forward[group.place][rows] += forward[group.place - group.length][rows] * values
+    # one at the end of each word
     backward = [np.zeros(size) for size in hits.sizes[:-1]]
     for place in range(1, len(backward)):
         backward[place][hits.sizes[place + 1] :] = 1.0
     for group in reversed(hits.groups):
         rows = hits.rows_K[group.begin : group.end]
+        # in place: from here on p * backward[end]
         values = values_K[group.begin : group.end]
         values *= backward[group.place][rows]
         backward[group.place - group.length][rows] += values
+    # a word that no pieces make up gives nothing
     sums_W = backward[0]
     scale_W = np.divide(counts_W, sums_W, out=np.zeros_like(sums_W), where=sums_W > 0)
     for group in hits.groups:
@@ -278,6 +304,7 @@ def _expected(hits: _Hits, pieces: _Pieces, counts_W: np.ndarray) -> np.ndarray:
 
 
 def _nats_a_letter(pieces: _Pieces) -> float:
+    """What a letter costs in nats, in the mean over pieces by their probability."""
     chances_P = np.exp(pieces.logs_P)
     return float(-(chances_P * pieces.logs_P).sum() / (chances_P * pieces.lengths_P).sum())
 
@@ -292,6 +319,11 @@ class _Paths:
 
 
 def _paths(hits: _Hits, logs_P: np.ndarray) -> _Paths:
+    """Viterbi's algorithm over all words at once; a word that no pieces make up has no path and a score of -inf.
+
+    hits: of the pieces in the words
+    logs_P: of the pieces
+    """
     logs_K = logs_P[hits.ids_K]
     best = [np.zeros(hits.sizes[0])]
     best += [np.full(size, -np.inf) for size in hits.sizes[1:-1]]
@@ -306,7 +338,7 @@ def _paths(hits: _Hits, logs_P: np.ndarray) -> _Paths:
         ids[group.place][rows] = hits.ids_K[group.begin : group.end][better]
         steps[group.place][rows] = group.length
 
-    # from the ends back
+    # all places of all words in one line, and where each word ends
     firsts = np.concatenate([[0], np.cumsum(hits.sizes[:-1])[:-1]])
     flat_ids = np.concatenate(ids)
     flat_steps = np.concatenate(steps)
@@ -318,6 +350,7 @@ def _paths(hits: _Hits, logs_P: np.ndarray) -> _Paths:
     is_open = np.isfinite(scores_W)
     rows = rows[is_open]
     places = places[is_open]
+    # a piece back at a time, in all words that have not come to their begin
     all_rows = []
     all_ids = []
     while len(rows):
@@ -336,11 +369,19 @@ def _paths(hits: _Hits, logs_P: np.ndarray) -> _Paths:
 
 
 def _pruned(words: _Columns, hits: _Hits, pieces: _Pieces, *, most: int) -> np.ndarray:
-    """Which pieces stay: letters, and those without which the best segmentations would lose most, bool [P]."""
+    """Which pieces stay: letters, and those without which the best segmentations would lose most, bool [P].
+
+        with it       freq * log(freq / total)
+        without it    each of the n pieces in its place occurs freq times more:
+                      freq * sum over them of log((their freq + freq) / (total + freq (n - 1)))
+
+    words, hits, pieces: as in learn_pieces
+    most: of the pieces are wanted; a pruning takes no more than a quarter
+    """
     count = len(pieces.hashes_P)
     paths = _paths(hits, pieces.logs_P)
     freq_P = np.bincount(paths.ids, words.counts_W[paths.rows], minlength=count)
-    # what would stand in a piece's place
+    # what would stand in a piece's place: its own best segmentation by others
     order_P = np.argsort(-pieces.lengths_P, kind="stable")
     others = _hits(_letters_of(words, pieces, order_P), pieces.hashes_P, of_whole=False)
     instead = _paths(others, pieces.logs_P)
