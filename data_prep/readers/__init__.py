@@ -81,11 +81,9 @@ def pinned(source: Source, files: list[InputFile]) -> Source:
 
 def can_be_cut(source: Source, file: InputFile) -> bool:
     """Whether the documents that begin in a range of the file's bytes can be read without those before."""
-    # Parquet of a dataset, too
-    if file.row_groups:
-        return True
     if file.path is None or file.packing is not None:
         return False
+    # by its row groups
     if isinstance(source, ParquetSource):
         return True
     by_lines = (
@@ -143,7 +141,7 @@ def read_blocks(
         return arrow_blocks(source, file, limits)
     from data_prep.readers.hub import hub_blocks
 
-    return hub_blocks(source, file, limits, begin, end)
+    return hub_blocks(source, file, limits)
 
 
 def numbered(block: Block, file: InputFile) -> Block:

@@ -36,7 +36,6 @@ class InputFile:
     bytes: int  # a guess on the hub
     path: Path | None = None  # None: of a dataset
     url: str = ""  # of a dataset's file, where it is read here: a path or an address
-    row_groups: bool = False  # of a dataset: Parquet on this machine, of `bytes` bytes
     number: int = 0  # this one of the split's files
     packing: Packing | None = None  # how it is compressed
     fingerprint: str | None = None  # when the work was planned

@@ -18,7 +18,7 @@ from typing import Any
 from data_prep.config import HubSource, JsonArraySource, JsonlSource
 from data_prep.readers.arrays import array_blocks
 from data_prep.readers.blocks import SKIP, Block, Limits, ReadError
-from data_prep.readers.files import InputFile, name_below, size_of
+from data_prep.readers.files import InputFile, name_below
 from data_prep.readers.kinds import HEAD_BYTES, kind_of, shape_of
 from data_prep.readers.lines import line_blocks
 from data_prep.readers.packed import open_at, unpacking
@@ -59,30 +59,23 @@ def hub_files(source: HubSource) -> list[InputFile]:
     if known:
         size = known // len(names)
     local = Path(source.dataset)
-    # Parquet files of a folder are cut by their real sizes. Remote ones are not: every stretch would fetch
-    # the file's beginning and end once more, by blocks of 5 MiB, and `size` is a guess
-    is_here = not any("://" in url for url in urls)
-    row_groups = ours and is_here and builder.name == "parquet"
     return [
         InputFile(
             name=name_below(local, Path(name)) if local.is_dir() else name,
             place=name,
-            bytes=size_of(Path(urls[i])) if row_groups else size,
+            bytes=size,
             number=i,
             url=urls[i] if ours else "",
-            row_groups=row_groups,
         )
         for i, name in enumerate(names)
     ]
 
 
-def hub_blocks(
-    source: HubSource, file: InputFile, limits: Limits, begin: int = 0, end: int | None = None
-) -> Iterator[Block]:
-    """The rows of one file of a dataset, of Parquet those of the row groups in [begin, end). Raises ReadError."""
+def hub_blocks(source: HubSource, file: InputFile, limits: Limits) -> Iterator[Block]:
+    """The rows of one file of a dataset. Raises ReadError."""
     try:
         if file.url:
-            yield from _blocks_here(source, file, limits, begin, end)
+            yield from _blocks_here(source, file, limits)
         else:
             rows = _hub_rows(source)
             rows = (
@@ -100,9 +93,7 @@ def hub_blocks(
         raise ReadError(_why(file, error)) from error
 
 
-def _blocks_here(
-    source: HubSource, file: InputFile, limits: Limits, begin: int, end: int | None
-) -> Iterator[Block]:
+def _blocks_here(source: HubSource, file: InputFile, limits: Limits) -> Iterator[Block]:
     """Parquet and JSON files by the readers of local files; which columns other files have does not matter to them."""
     # opened for its first bytes alone; the reader opens it again
     with open_at(file.url) as stream:
@@ -112,11 +103,8 @@ def _blocks_here(
             stream.seek(0)
             head = unpacking(stream, kind.packing, place=file.place).read(HEAD_BYTES)
         elif kind.word == "parquet":
-            yield from parquet_blocks(source, file, limits, stream, begin, end)
+            yield from parquet_blocks(source, file, limits, stream)
             return
-    # named as Parquet, but none: read as a whole, by its beginning
-    if begin:
-        return
     common: dict[str, Any] = {
         "name": source.name,
         "text": source.text,

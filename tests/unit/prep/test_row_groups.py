@@ -16,7 +16,7 @@ from data_prep.config import ParquetSource
 from data_prep.readers import tables
 from encoder.base import log
 from encoder.data.shard_format import read_card
-from tests.helpers.prep import bytes_of, ids_of, run, settings, texts, write_jsonl
+from tests.helpers.prep import bytes_of, ids_of, run, settings, texts
 
 SOURCE = ParquetSource(name="a", files=("*.parquet",))
 PREPARED = {"name": "a", "format": "parquet", "files": ["*.parquet"]}
@@ -308,22 +308,3 @@ def test_rows_that_fail_are_counted_and_named_by_their_row_in_the_file(tmp_path,
     assert counts["documents_read"] + sum(counts["left_out"].values()) == 180
     assert counts["left_out"]["empty"] == 1
     assert counts["documents_read"] == 180 - 6 * 5 - 2
-
-
-def test_a_hub_folder_is_cut_by_row_groups_too(tmp_path, monkeypatch):
-    data = tmp_path / "set/data"
-    data.mkdir(parents=True)
-    write(data / "train-0.parquet", groups_of(texts(160), 20, 20, 60, 1, 20, 39))
-    # another kind under such a name is read as a whole, by its beginning
-    lines = write_jsonl(data / "train-1.parquet", texts(80, seed=1))
-    assert lines.stat().st_size > 2 * 4096
-    hub = {"name": "a", "format": "hub", "dataset": str(tmp_path / "set")}
-    config = settings(tmp_path, [hub], shard_bytes=1024)
-    for index in (2, 1, 3):
-        assert run("prepare", config, "--part", f"{index}/3") == 0
-    assert len(list((tmp_path / "shards/.a.part/segments").glob("0*"))) > 6
-    assert run("merge", config) == 0
-    read_as_a_whole(monkeypatch)
-    assert run("prepare", config, f"out={tmp_path / 'whole'}") == 0
-    for split in ("train", "held_out"):
-        assert ids_of(tmp_path / "shards/a" / split) == ids_of(tmp_path / "whole/a" / split)
