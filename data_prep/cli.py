@@ -35,8 +35,8 @@ stands for a part. As a job array, on one file system, with the same settings:
   data-prep missing configs/prep/web.yaml --parts 100                           which of them are not
   data-prep merge configs/prep/web.yaml --verify                                when all are done
 
-The shards are the same bytes however many parts and processes made them. (A file that is packed, or of another format
-than jsonl and text, is read by one process: give many of them rather than one.)
+The shards are the same bytes however many parts and processes made them. (Plain jsonl and text are cut anywhere, Parquet
+between its row groups. Any other file is read by one process: give many of them rather than one.)
 
   format: jsonl        one JSON object a line            json_array    one JSON array of objects
           csv, tsv     columns: [...] without header     text          document: file, paragraph, line

@@ -11,15 +11,16 @@ stays, and counts as T. So scripts without spaces, whose words are sentences met
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-# words are counted in up to 0.5 GB, which is 2 million of them
+# of words while they are counted, which are 3 million of 9 letters; choosing among them takes as much again
 MOST_COUNTED_BYTES = 2**29
-WORD_BYTES = 160  # of an entry: string, number and place, letters left out
-MOST_SHARE = 0.01  # of the room for one word; longer ones go first
+WORD_BYTES = 160  # of an entry: string, number and place, without its letters, of 2 bytes each
+# text without spaces is one word, which would leave no room for any other
+LONGEST_WORD = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ def count_words(words: Iterable[tuple[str, int]], *, most_chars: int) -> Counted
     bytes_ = 0
     least = 0.0  # T
     is_whole = True
-    for word, count in words:
+    for word, count in _cut(words):
         before = counts.get(word)
         if before is not None:
             counts[word] = before + count
@@ -67,6 +68,16 @@ def count_words(words: Iterable[tuple[str, int]], *, most_chars: int) -> Counted
     return CountedWords(counts=counts, met=met, is_whole=False, least=max(1, round(least)))
 
 
+def _cut(words: Iterable[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    """The words, the longest in parts."""
+    for word, count in words:
+        if len(word) <= LONGEST_WORD:
+            yield word, count
+            continue
+        for begin in range(0, len(word), LONGEST_WORD):
+            yield word[begin : begin + LONGEST_WORD], count
+
+
 def _bytes_of(word: str) -> int:
     return WORD_BYTES + 2 * len(word)
 
@@ -85,9 +96,6 @@ def _kept(counts: dict[str, int], *, most_chars: int) -> tuple[dict[str, int], f
     counts_W = np.fromiter(counts.values(), np.int64, count=len(words))
     chars_W = np.fromiter(map(len, words), np.int64, count=len(words))
     ranks_W = counts_W / np.fromiter(map(_drawn, words), np.float64, count=len(words))
-    # behind all others: one of them would take the room of hundreds
-    ranks_W[chars_W > most_chars * MOST_SHARE] /= 2.0**40
-
     order_W = np.argsort(-ranks_W, kind="stable")
     is_kept_W = np.cumsum(chars_W[order_W]) <= most_chars
     kept = order_W[is_kept_W]

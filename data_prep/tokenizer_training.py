@@ -276,9 +276,11 @@ def _train_on_words(tokenizer: Tokenizer, words: CountedWords, trainer: Any) -> 
     # these are done, and no word holds a line end
     tokenizer.normalizer = None
     tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit("\n")
-    _train(tokenizer, _repeated(words), trainer)
-    tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizer
+    try:
+        _train(tokenizer, _repeated(words), trainer)
+    finally:
+        tokenizer.normalizer = normalizer
+        tokenizer.pre_tokenizer = pre_tokenizer
 
 
 def _repeated(words: CountedWords) -> Iterator[str]:

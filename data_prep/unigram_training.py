@@ -48,7 +48,8 @@ def learn_pieces(
         return []
     words = _columns_of(counts)
     pieces = _seeds(words, least_count=2 * least)
-    most = int(wanted * PRUNED_TO)
+    # as many more as may be taken out by their names
+    most = int(wanted * PRUNED_TO) + len(without)
     while True:
         hits = _hits(words.letters, pieces.hashes_P)
         for _ in range(ROUNDS_OF_EM):
@@ -395,7 +396,8 @@ def _pruned(words: _Columns, hits: _Hits, pieces: _Pieces, *, most: int) -> np.n
     loss_P = freq_P * (logs_P - (sums_P - pieces_P * total_P))
     loss_P[freq_P == 0] = -np.inf
     loss_P[pieces.lengths_P == 1] = np.inf
-    size = max(most, int(KEPT_SHARE * count))
+    letters = np.count_nonzero(pieces.lengths_P == 1)
+    size = max(most, int(KEPT_SHARE * count), letters)
     stays_P = np.zeros(count, bool)
     stays_P[np.argsort(-loss_P, kind="stable")[:size]] = True
     return stays_P & ((freq_P > 0) | (pieces.lengths_P == 1))

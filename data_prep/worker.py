@@ -226,7 +226,10 @@ class SegmentMaker:
                 counts.add_bad_file(stretch.file.name, broken)
 
     def _parsed(self, asked: SegmentJob, stretch: Stretch) -> Iterator[tuple[Block, Parsed]]:
-        """The blocks of a stretch and what is in them; the place of each is told before it is worked on."""
+        """The blocks of a stretch and what is in them.
+
+        The place of each is told before it is worked on; read ahead, before it is encoded.
+        """
         self._say_place(stretch.file, None)
         blocks = self._blocks(asked.source, stretch)
         if not asked.read_ahead:

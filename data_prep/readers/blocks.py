@@ -115,11 +115,16 @@ class Parsed:
 
 @contextlib.contextmanager
 def opening() -> Iterator[None]:
-    """A ReadError inside is of the whole file, whichever stretch of it was asked for."""
+    """A ReadError inside is of the whole file, whichever stretch of it was asked for.
+
+    But for what the system says, as of a disk that does not answer: another stretch may have been opened well.
+    """
     try:
         yield
     except ReadError as error:
-        error.whole_file = True
+        why = error.__cause__
+        # what Arrow raises for a file's content is an OSError without a number
+        error.whole_file = not (isinstance(why, OSError) and why.errno)
         raise
 
 

@@ -322,7 +322,7 @@ def free_port(*, ranges: str = "/proc/sys/net/ipv4/ip_local_port_range") -> int:
     """
     # without the file: the least that systems hand out is 32768
     handed_out_from = 32768
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError, IndexError):
         handed_out_from = int(Path(ranges).read_text(encoding="ascii").split()[0])
     others = range(10000, handed_out_from)
     drawn = random.SystemRandom().sample(others, min(100, len(others)))

@@ -56,6 +56,11 @@ def test_endlessly_many_words_are_counted_in_bounded_memory(monkeypatch):
     assert dict(FREQUENT).items() <= counted.counts.items()
 
 
-def test_a_word_that_takes_the_room_of_all_goes_first():
-    counted = count_words([("a" * 900, 10**9), *FREQUENT], most_chars=800)
-    assert counted.counts == dict(FREQUENT)
+def test_a_word_as_long_as_the_text_is_cut(monkeypatch):
+    monkeypatch.setattr(counted_words, "LONGEST_WORD", 50)
+    long = "".join(chr(0x4E00 + number) for number in range(2000))
+    counted = count_words([(long, 1), *FREQUENT], most_chars=1000)
+    assert not counted.is_whole and counted.counts.keys() >= dict(FREQUENT).keys()
+    # some of its parts have the room that is left
+    rest = counted.counts.keys() - dict(FREQUENT).keys()
+    assert rest and all(part in long and len(part) == 50 for part in rest)

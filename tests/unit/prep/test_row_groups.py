@@ -295,6 +295,37 @@ def test_a_file_of_which_nothing_can_be_read_is_said_and_counted_once(
     assert list(counts["bad_files"]) == ["a.parquet"]
 
 
+def test_a_disk_that_does_not_answer_once_costs_a_stretch_and_is_counted(
+    tmp_path, capsys, monkeypatch
+):
+    write(tmp_path / "a.parquet", groups_of(texts(180), *[30] * 6), use_dictionary=False)
+    config = settings(tmp_path, [PREPARED], shard_bytes=1024, held_out_share=0.0)
+    made_of, opened = tables.parquet_blocks, []
+
+    def parquet_blocks(*given, begin, end):
+        opened.append(begin)
+        # the footer is asked for again
+        tables._footer.cache_clear()
+        return made_of(*given, begin=begin, end=end)
+
+    real = tables._footer
+
+    def footer(file):
+        if len(opened) == 3:
+            raise OSError(5, "Input/output error")
+        return real(file)
+
+    footer.cache_clear = real.cache_clear
+    monkeypatch.setattr(tables, "parquet_blocks", parquet_blocks)
+    monkeypatch.setattr(tables, "_footer", footer)
+    assert run("prepare", config, "on_error=skip") == 0
+    assert opened[2] > 0
+    assert capsys.readouterr().err.count("left out, with an unknown number") == 1
+    counts = read_card(tmp_path / "shards/a/train").recipe["counts"]
+    assert counts["left_out"] == {"rest of a broken file": 1}
+    assert 0 < counts["documents_read"] < 180
+
+
 def test_rows_that_fail_are_counted_and_named_by_their_row_in_the_file(tmp_path, capsys):
     documents = texts(180)
     documents[95] = ""

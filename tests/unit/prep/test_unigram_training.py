@@ -137,3 +137,19 @@ def test_names_of_special_tokens_are_not_learned():
 
 def test_no_words_give_no_pieces():
     assert learn_pieces({}, wanted=10) == []
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("wanted", [5, 9, 1000])
+def test_more_letters_than_pieces_all_stay_and_the_rest_goes(wanted):
+    letters = [chr(0x4E00 + number) for number in range(3000)]
+    words = {"\u2581" + letter * 2: 3 for letter in letters}
+    learned = [piece for piece, _ in learn_pieces(words, wanted=wanted)]
+    assert sorted(learned) == sorted(["\u2581", *letters])
+
+
+def test_names_that_are_taken_out_leave_as_many_pieces_as_wanted():
+    words = {**counted(), "<a>": 9000, "[B]": 9000}
+    for wanted in (40, 60, 300):
+        learned = learn_pieces(words, wanted=wanted, without={"<a>", "[B]"})
+        assert len(learned) == wanted
