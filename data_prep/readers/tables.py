@@ -7,7 +7,7 @@ import functools
 import itertools
 import mmap
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from data_prep.readers.blocks import (
     NotUtf8,
     ReadError,
     TooLarge,
+    UntilBroken,
     opening,
     readable,
 )
@@ -94,8 +95,28 @@ def parquet_blocks(
                 continue
             # any row may be as long as the largest page, or an entry of the dictionary
             batch_rows = min(TABLE_ROWS, max(1, BATCH_BYTES // max(1, largest, dictionary)))
-            for batch in f.iter_batches(batch_rows, row_groups=[group], columns=columns):
-                yield from made.blocks(pyarrow.Table.from_batches([batch]))
+            batches = f.iter_batches(batch_rows, row_groups=[group], columns=columns)
+            for table in _together(rest := UntilBroken(batches), limits.block_bytes):
+                yield from made.blocks(table)
+            rest.raise_error()
+
+
+def _together(batches: Iterable[Any], block_bytes: int) -> Iterator[Any]:
+    """Tables of several batches: where a dictionary is large, a batch has few rows, and a block of it costs as much."""
+    import pyarrow
+
+    held: list[Any] = []
+    rows = size = 0
+    for batch in batches:
+        held.append(batch)
+        rows += batch.num_rows
+        size += batch.nbytes
+        if size >= block_bytes or rows >= TABLE_ROWS:
+            yield pyarrow.Table.from_batches(held)
+            held = []
+            rows = size = 0
+    if held:
+        yield pyarrow.Table.from_batches(held)
 
 
 @functools.lru_cache(maxsize=1)
