@@ -140,18 +140,24 @@ class Ledger:
             # what a killed run had renamed away, but not yet removed
             _remove(self._trash)
         found = self._made_from()
-        if changed := changes(found, made_from) if found else "":
-            # other parts may be at work on these segments, so only the whole may throw them away
-            if not (again and alone):
-                raise ShardError(
-                    f"{self.part} holds segments made from something else ({changed}). "
-                    "Prepare the whole with --again to make them anew, or set another out."
-                )
+        changed = bool(found and changes(found, made_from))
+        # other parts may be at work on these segments, so only the whole may throw them away
+        if not (again and alone):
+            self.check_made_from(made_from)
         if changed or not found:
             if alone:
                 self.discard()
             self.segments.mkdir(parents=True, exist_ok=True)
             write_json(self.segments / RECIPE, made_from)
+
+    def check_made_from(self, made_from: dict[str, Any]) -> None:
+        """What is there, if anything, was made from the same. Raises ShardError."""
+        found = self._made_from()
+        if changed := changes(found, made_from) if found else "":
+            raise ShardError(
+                f"{self.part} holds segments made from something else ({changed}). "
+                "Prepare the whole with --again to make them anew, or set another out."
+            )
 
     @property
     def assembled(self) -> bool:

@@ -77,6 +77,7 @@ def prepare(
                     )
                 except BaseException:
                     pool.close()  # before anything of theirs is cleaned up
+                    ledger.clear(part or Part())
                     raise
                 # a part makes segments alone; `merge` puts them together
                 if not part:
@@ -107,6 +108,7 @@ def missing_parts(config: PrepareConfig, *, count: int) -> list[int]:
         ledger = Ledger(plan.folder)
         # a source that is finished, or assembled but for its last rename, needs no part any more
         if not _stands(plan) and not ledger.assembled:
+            ledger.check_made_from(identity(plan.card))
             # those that are cut in another way are made anew
             others = {s.number for s in ledger.cut_otherwise(plan.segments)}
             finished = ledger.finished() - others
@@ -381,8 +383,8 @@ def _report(plan: _Plan, counts: Counts) -> None:
     if counts.bad_files:
         warn_once(
             f"{plan.source.name}: {len(counts.bad_files)} of its files could not be read as"
-            f" {word_of(plan.source)}, first {next(iter(counts.bad_files))}. What they hold is not"
-            " in the shards; mend them and prepare with --again."
+            f" {word_of(plan.source)}, first {next(iter(counts.bad_files))}. What they hold from"
+            " there on is not in the shards; mend them and prepare with --again."
         )
 
     # all documents fell on the side of training, as happens with a few dozen

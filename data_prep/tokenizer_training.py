@@ -30,13 +30,14 @@ from data_prep.config import (
 from data_prep.counted_words import CountedWords, count_words
 from data_prep.long_texts import by_chars
 from data_prep.output import output
-from data_prep.readers import find_files, numbered, parse, read_blocks
+from data_prep.readers import InputFile, Parsed, find_files, numbered, parse, read_blocks
+from data_prep.readers.blocks import without_skip
 from data_prep.readers.packed import PACKED_ENDINGS
 from data_prep.tokenization import text_hash
 from data_prep.tokenizer_files import SPECIALS, added_token, refuse_others, write_tokenizer_json
 from data_prep.unigram_training import learn_pieces
 from data_prep.words import WordCounter
-from encoder.base.errors import ConfigError
+from encoder.base.errors import ConfigError, UserError
 from encoder.base.log import say
 from encoder.base.tokenizer_json import Frame, template
 from encoder.data.shard_format import INDEX
@@ -149,7 +150,7 @@ def train_tokenizer(
     refuse_others(out)
     sample = _Sample(sources, root, int(config.sample_mb * 1e6))
     with output(out.parent, [out.name]):
-        words = _learn(
+        notes = _learn(
             tokenizer, sample, config, vocab_size=vocab_size, inside=inside, appended=appended
         )
         # too little text gives fewer entries; an alphabet alone may be more
@@ -161,21 +162,16 @@ def train_tokenizer(
                 advice = f"Its letters alone take that many: --vocab-size {found} or more."
             raise ConfigError(
                 f"{sample.documents:,} documents ({sample.bytes / 1e6:.1f} MB) give "
-                f"{found:,} entries; needed: {config.vocab_size:,}. {advice}"
+                f"{found:,} entries; needed: {config.vocab_size:,}. {''.join(notes)}{advice}"
             )
         content = json.loads(tokenizer.to_str())
         _put_specials(content, config, appended, first_id=learned)
         write_tokenizer_json(content, out)
     line = (
         f"{out}: {config.vocab_size:,} entries, trained on {sample.documents:,} documents"
-        f" ({sample.bytes / 1e6:.1f} MB)"
+        f" ({sample.bytes / 1e6:.1f} MB). {''.join(notes)}"
     )
-    if words is not None and not words.is_whole:
-        line += (
-            f", of about {words.met:,} different words on {len(words.counts):,}: all frequent ones,"
-            " and some rare ones that count for the others"
-        )
-    say(f"{line}.")
+    say(line.rstrip())
 
 
 def _learn(
@@ -186,8 +182,8 @@ def _learn(
     vocab_size: int,
     inside: Sequence[str],
     appended: Sequence[str],
-) -> CountedWords | None:
-    """Puts a trained model into a tokenizer; the words that it was learned from, if they were counted here.
+) -> list[str]:
+    """Puts a trained model into a tokenizer; sentences on what was left out, each with a space behind it.
 
     tokenizer: with its normalizer and splits
     sample: the text
@@ -200,14 +196,26 @@ def _learn(
         # no count of ours splits as GPT-2 does
         trainer = _trainer(config, vocab_size=vocab_size, special=inside, letters=None)
         _train(tokenizer, sample.texts(), trainer)
-        return None
+        return []
 
     words = _words(tokenizer, sample, MOST_WORD_CHARS[config.kind])
+    notes = []
+    if not words.is_whole:
+        notes.append(
+            f"Of about {words.met:,} different words {len(words.counts):,} were learned from: all"
+            " frequent ones, and some rare ones that count for the others. "
+        )
     if config.kind == "wordpiece":
         letters = _letters(words)
         trainer = _trainer(config, vocab_size=vocab_size, special=inside, letters=letters)
         _train_on_words(tokenizer, words, trainer)
-        return words
+        if letters.unknown:
+            notes.append(
+                f"{letters.unknown:,} letters are in no entry, {letters.unknown_share:.2%} of the"
+                f" text's: a WordPiece has the {MOST_CHARACTERS:,} most frequent. --kind bpe and"
+                " unigram have all. "
+            )
+        return notes
 
     pieces = learn_pieces(
         words.counts,
@@ -216,7 +224,7 @@ def _learn(
         without={*inside, *appended},
     )
     _put_pieces(tokenizer, pieces, config, special=inside)
-    return words
+    return notes
 
 
 def _train(tokenizer: Tokenizer, texts: Iterator[str], trainer: Any) -> None:
@@ -327,12 +335,26 @@ def _inside(config: TrainingConfig) -> list[str]:
     return [*first[:1], *config.unused_names, *first[1:]] if first else []
 
 
+def _parsed(source: Source, file: InputFile) -> Iterator[Parsed]:
+    """The blocks of a file. Raises ConfigError for the first thing that is wrong in it: nothing is skipped here."""
+    try:
+        for block in read_blocks(source, file):
+            parsed = parse(block)
+            if parsed.problem:
+                raise ConfigError(parse(numbered(block, file)).problem)
+            yield parsed
+    except UserError as error:
+        raise ConfigError(without_skip(str(error))) from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Letters:
     """The alphabet of a sample, and those of its letters that stand behind another in a word."""
 
     alphabet: list[str]
     inside: list[str]
+    unknown: int  # letters of the sample that are not in it
+    unknown_share: float  # of all letters that stand in the sample
 
 
 def _letters(words: CountedWords) -> _Letters:
@@ -349,7 +371,12 @@ def _letters(words: CountedWords) -> _Letters:
         behind.update(word[1:])
     # the most frequent; of equally frequent ones the order of Unicode decides
     kept = sorted(counts, key=lambda letter: (-counts[letter], letter))[:MOST_CHARACTERS]
-    return _Letters(alphabet=sorted(kept), inside=sorted(behind.intersection(kept)))
+    return _Letters(
+        alphabet=sorted(kept),
+        inside=sorted(behind.intersection(kept)),
+        unknown=len(counts) - len(kept),
+        unknown_share=1 - sum(counts[letter] for letter in kept) / max(1, counts.total()),
+    )
 
 
 def _words(tokenizer: Tokenizer, sample: _Sample, most_chars: int) -> CountedWords:
@@ -469,10 +496,7 @@ class _Sample:
         """The documents, each time from the first on."""
         self.documents = self.bytes = 0
         for source, file in self._files:
-            for block in read_blocks(source, file):
-                parsed = parse(block)
-                if parsed.problem:
-                    raise ConfigError(parse(numbered(block, file)).problem)
+            for parsed in _parsed(source, file):
                 for text in parsed.texts:
                     if text_hash(text) < self._share * 2.0**64 and self.bytes <= 2 * self._wanted:
                         self.documents += 1

@@ -34,7 +34,7 @@ from data_prep.ledger import (
 )
 from data_prep.long_texts import MOST_UNCUT_CHARS
 from data_prep.readers import Block, InputFile, Parsed, ReadError, numbered, parse, read_blocks
-from data_prep.readers.blocks import SKIP
+from data_prep.readers.blocks import SKIP, without_skip
 from data_prep.segments import Part, Segment, Stretch
 from data_prep.sentences import FoundSentences, SentenceSplitter
 from data_prep.shards import ShardWriter, text_stretches
@@ -211,10 +211,10 @@ class SegmentMaker:
             except ReadError as error:
                 if self._job.stop_on_error:
                     raise
-                broken = str(error)
+                broken = without_skip(str(error))
                 # a file of which nothing can be read is said and counted once, by its beginning
                 if not (error.whole_file and stretch.begin):
-                    warn_once(f"left out, with an unknown number of documents: {error}")
+                    warn_once(f"left out, with an unknown number of documents: {broken}")
                     counts.leave_out({"rest of a broken file": 1})
 
             # no good document at all: the file is of another kind. In a part of a file, which has
@@ -547,13 +547,16 @@ def _work(job: EncodeJob, pipe: connection.Connection) -> None:
     # loaded while the parent checks the encoder; without it the job says which one to use
     with contextlib.suppress(ImportError, ShardError):
         maker.encoder("fastokens")
-    while True:
-        try:
-            maker(pipe.recv())
-        except Exception as error:
-            pipe.send((error, traceback.format_exc()))
-        else:
-            pipe.send(None)
+    # a pipe that breaks has no parent at its other end, who would hear of it
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            asked = pipe.recv()
+            answer: tuple[Exception, str] | None = None
+            try:
+                maker(asked)
+            except Exception as error:
+                answer = error, traceback.format_exc()
+            pipe.send(answer)
 
 
 def _end_with_parent() -> None:

@@ -18,6 +18,11 @@ MOST_DOCUMENT_BYTES = 70_000_000
 READ_ERRORS = (OSError, EOFError, zlib.error)
 
 
+def without_skip(text: str) -> str:
+    """A sentence without its advice to set on_error: skip, where that is set already, or is no setting."""
+    return text.replace(f", or {SKIP}", "")
+
+
 class ReadError(UserError):
     """A file that cannot be read to its end; under on_error: skip, the rest of it is left out."""
 

@@ -34,6 +34,19 @@ def test_parts_are_missing_until_all_their_segments_are_there_and_none_once_they
     assert run("merge", config, "--verify") == 2
 
 
+def test_segments_of_a_file_that_changed_are_no_answer(tmp_path, capsys):
+    """As prepare and merge: a script that submits the missing parts would fail later."""
+    file = write_jsonl(tmp_path / "a.jsonl", texts(3_000, longest=100))
+    config = settings(tmp_path, shard_bytes=2**14)
+    assert run("prepare", config, "--part", "2/4") == 0
+    with open(file, "a") as more:
+        more.write('{"text": "the cat"}\n')
+    capsys.readouterr()
+    assert run("missing", config, "--parts", "4") == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "holds segments made from something else" in said.err
+
+
 def test_numbers_are_written_as_sbatch_takes_them():
     assert numbers_text([1, 2, 3, 7, 9, 10]) == "1-3,7,9-10" and numbers_text([]) == ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import threading
+from multiprocessing import get_context
 from unittest.mock import patch
 
 import pytest
@@ -89,3 +90,27 @@ def test_one_item_is_made_ahead_and_not_all():
         assert [next(made), next(made)] == [0, 1]
     # the third was being made
     assert begun == [0, 1, 2]
+
+
+def test_a_process_whose_parent_is_gone_ends_without_a_word(tmp_path, capfd):
+    context = get_context("spawn")
+    here, there = context.Pipe()
+    settings(tmp_path)
+    job = worker.EncodeJob(
+        tokenizer_json=str(tmp_path / "tokenizer.json"),
+        specials=None,
+        dtype="uint16",
+        max_tokens_per_document=64,
+        held_out_share=0.0,
+        shard_bytes=1024,
+        compression=None,
+        stop_on_error=True,
+        max_document_bytes=1024,
+        sentence_language=None,
+    )
+    process = context.Process(target=worker._work, args=(job, there), daemon=True)
+    process.start()
+    there.close()
+    here.close()
+    process.join(60)
+    assert process.exitcode == 0 and "Traceback" not in capfd.readouterr().err

@@ -292,5 +292,20 @@ def test_too_many_words_count_for_each_other_and_it_is_said(family, tmp_path, ca
     options = ("--kind", kind, "--vocab-size", 60, "--files", tmp_path / "a.jsonl", "--out", out)
     assert run("tokenizer", "train", *options) == 0
     said = capsys.readouterr().out
-    assert "different words on" in said and "all frequent ones" in said
+    assert "different words" in said and "all frequent ones" in said
     assert special_ids_of(out)[0] == 60
+
+
+def test_letters_that_a_wordpiece_leaves_out_are_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tokenizer_training, "MOST_CHARACTERS", 20)
+    # 5 letters twice, 40 others once
+    given = ["abcde" * 2 + chr(0x4E00 + number) for number in range(40)]
+    write_jsonl(tmp_path / "a.jsonl", given)
+    out = tmp_path / "t.json"
+    options = ("--kind", "wordpiece", "--files", tmp_path / "a.jsonl", "--out", out)
+    assert run("tokenizer", "train", *options, "--vocab-size", 36) == 0
+    said = "25 letters are in no entry, 5.68% of the text's: a WordPiece has the 20 most frequent"
+    assert said in capsys.readouterr().out
+    # more text would not help
+    assert run("tokenizer", "train", *options, "--vocab-size", 9000) == 2
+    assert said in capsys.readouterr().err
