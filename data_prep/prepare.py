@@ -77,7 +77,9 @@ def prepare(
                     )
                 except BaseException:
                     pool.close()  # before anything of theirs is cleaned up
-                    ledger.clear(part or Part())
+                    # a disk that is full hides no error
+                    with contextlib.suppress(OSError):
+                        ledger.clear(part or Part())
                     raise
                 # a part makes segments alone; `merge` puts them together
                 if not part:
@@ -383,8 +385,8 @@ def _report(plan: _Plan, counts: Counts) -> None:
     if counts.bad_files:
         warn_once(
             f"{plan.source.name}: {len(counts.bad_files)} of its files could not be read as"
-            f" {word_of(plan.source)}, first {next(iter(counts.bad_files))}. What they hold from"
-            " there on is not in the shards; mend them and prepare with --again."
+            f" {word_of(plan.source)}, first {next(iter(counts.bad_files))}. Not all that they"
+            " hold is in the shards; mend them and prepare with --again."
         )
 
     # all documents fell on the side of training, as happens with a few dozen
