@@ -62,7 +62,9 @@ def prepare(
     # one pool for all sources, so that each process loads the tokenizer once
     pool = _start_pool(config, open_plans, part or Part())
     try:
-        encoder = choose_encoder(open_plans[0].tokenizer_json, _real_texts(open_plans, pool))
+        encoder = choose_encoder(
+            open_plans[0].tokenizer_json, lambda: _real_texts(open_plans, pool)
+        )
         for plan in open_plans:
             with _disk_errors(Path(config.out)), open_ledger(plan.folder, part or Part()) as ledger:
                 try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -186,12 +186,16 @@ def _of_text_alone(tokenizer_json: Path, native: str) -> Tokenizer:
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
-def choose_encoder(tokenizer_json: Path, real_texts: Sequence[str] = ()) -> EncoderName:
+def choose_encoder(
+    tokenizer_json: Path, real_texts: Callable[[], Sequence[str]] = tuple
+) -> EncoderName:
     """The first of the faster ways that gives the ids of Hugging Face tokenizers on hostile and on real text; a warning if none
-    does."""
+    does. The real text is asked for when the judge is loaded: meanwhile the processes that read it start."""
     judge = TextEncoder(tokenizer_json, "tokenizers")
-    texts = [*HOSTILE, *real_texts]
-    wanted = _each(judge, texts)
+    wanted = _each(judge, HOSTILE)
+    real = real_texts()
+    texts = [*HOSTILE, *real]
+    wanted += _each(judge, real)
     reasons = []
     for name in FASTER:
         try:
@@ -297,7 +301,9 @@ def text_hash(text: str) -> int:
 
 
 def one_thread_a_process() -> None:
-    """Both libraries start a thread per core; with a process per core they must not. Before the first encoding."""
+    """The encoders and numpy start a thread per core; with a process per core they must not. Before the first encoding, and
+    before the processes start: theirs hear it when they import numpy."""
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     os.environ["RAYON_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -321,4 +327,4 @@ def check_tokenizer_path(path: Path) -> Path:
 
 def _each(encoder: TextEncoder, texts: Sequence[str]) -> list[np.ndarray]:
     ids_T, lengths_D = encoder.encode(texts)
-    return np.split(ids_T, np.cumsum(lengths_D)[:-1])
+    return np.split(ids_T, np.cumsum(lengths_D))[:-1]

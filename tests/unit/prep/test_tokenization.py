@@ -92,7 +92,7 @@ def test_both_encoders_agree_on_hostile_text(tokenizer_json):
         TextEncoder(tokenizer_json, name).encode(HOSTILE) for name in ("fastokens", "tokenizers")
     )
     assert np.array_equal(fast[0], judge[0]) and np.array_equal(fast[1], judge[1])
-    assert choose_encoder(tokenizer_json, texts(20)) == "fastokens"
+    assert choose_encoder(tokenizer_json, lambda: texts(20)) == "fastokens"
 
 
 def test_without_fastokens_tokenizers_encodes_and_says_so(tokenizer_json, monkeypatch, capsys):
@@ -143,7 +143,7 @@ def test_a_panic_of_native_code_is_one_sentence_with_the_tokenizer(tmp_path, cha
         content[key] = {**content[key], **value} if key == "model" else value
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(ShardError, match="is not a tokenizer that tokenizers can read"):
-        choose_encoder(tmp_path / "tokenizer.json", ["a text"])
+        choose_encoder(tmp_path / "tokenizer.json", lambda: ["a text"])
 
 
 def test_an_id_beyond_any_vocabulary_makes_no_table(tmp_path):

@@ -98,7 +98,7 @@ def test_no_text_gives_a_special_id(family, trained):
     _, specials = special_ids_of(path)
     names = [token["content"] for token in json.loads(path.read_text())["added_tokens"]]
     asked = [*HOSTILE, *names, " ".join(names), "a<mask>b[SEP]</s><sep>"]
-    encoder = TextEncoder(path, choose_encoder(path, TEXTS))
+    encoder = TextEncoder(path, choose_encoder(path, lambda: TEXTS))
     ids_T, lengths_D = encoder.encode(asked)
     judge = TextEncoder(path, "tokenizers").encode(asked)
     assert np.array_equal(ids_T, judge[0]) and np.array_equal(lengths_D, judge[1])
@@ -168,7 +168,7 @@ def test_roles_of_any_names_are_told_by_files_or_options(told, tmp_path, capsys)
     marked = transformers.PreTrainedTokenizerFast(tokenizer_file=str(out))
     plain = transformers.PreTrainedTokenizerFast(tokenizer_file=str(source))
     assert marked(TEXTS)["input_ids"] == plain(TEXTS)["input_ids"]
-    assert choose_encoder(out, TEXTS) == choose_encoder(source, TEXTS)
+    assert choose_encoder(out, lambda: TEXTS) == choose_encoder(source, lambda: TEXTS)
 
 
 def test_a_token_that_is_told_a_role_is_special_from_then_on(tmp_path):

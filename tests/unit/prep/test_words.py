@@ -143,7 +143,7 @@ def test_tokenizers_of_families_are_encoded_by_words(family, tmp_path):
     train(family, tmp_path)
     path = tmp_path / "tokenizer.json"
     agree(path, documents(seed=1))
-    assert choose_encoder(path, TEXTS) == "words"
+    assert choose_encoder(path, lambda: TEXTS) == "words"
 
 
 def test_added_tokens_are_found_in_text_as_by_the_library(tmp_path):
