@@ -16,6 +16,7 @@ SKIP = "set on_error: skip"
 # of a line, row, item or file as it is read, where the settings say nothing else
 MOST_DOCUMENT_BYTES = 70_000_000
 READ_ERRORS = (OSError, EOFError, zlib.error)
+CHECKED_CHARS = 2**20  # of a text at a time
 
 
 def without_skip(text: str) -> str:
@@ -172,3 +173,14 @@ def readable(
             or type(error).__name__
         )
         raise ReadError(f"{place()}: {why}. Fetch the file again, or {SKIP}.") from error
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether a text holds half a surrogate pair: it has no UTF-16, which is found 8 times as fast as by a pattern."""
+    try:
+        # by parts, since the bytes of the whole would be in memory beside it
+        for at in range(0, len(text), CHECKED_CHARS):
+            text[at : at + CHECKED_CHARS].encode("utf-16-le")
+    except UnicodeEncodeError:
+        return True
+    return False
