@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_prep.byte_level_words import ByteLevelCounter
 from data_prep.config import (
     ArrowSource,
     CsvSource,
@@ -50,7 +51,7 @@ MOST_CHARACTERS = 1000  # of a WordPiece alphabet, as BERT's; rarer ones are unk
 PREFIX = "##"  # of a WordPiece inside of a word
 COUNTED_CHARS = 2**22  # whose words are counted at a time
 # characters of all different words that are learned from; 10 us and 0.15 KB for each of Unigram
-MOST_WORD_CHARS = {"unigram": 2**23, "wordpiece": 2**24}
+MOST_WORD_CHARS = {"bpe": 2**24, "unigram": 2**23, "wordpiece": 2**24}
 REPEATED_CHARS = 2**16  # of words given to the library at a time
 NEVER_CHOSEN = -1000.0  # score of a Unigram entry that no text gives
 
@@ -192,19 +193,17 @@ def _learn(
     inside: entries that stand first
     appended: entries that stand behind, and are put there later
     """
-    if config.kind == "bpe":
-        # no count of ours splits as GPT-2 does
-        trainer = _trainer(config, vocab_size=vocab_size, special=inside, letters=None)
-        _train(tokenizer, sample.texts(), trainer)
-        return []
-
-    words = _words(tokenizer, sample, MOST_WORD_CHARS[config.kind])
+    words = _words(tokenizer, sample, config)
     notes = []
     if not words.is_whole:
         notes.append(
             f"Of about {words.met:,} different words {len(words.counts):,} were learned from: all"
             " frequent ones, and some rare ones that count for the others. "
         )
+    if config.kind == "bpe":
+        trainer = _trainer(config, vocab_size=vocab_size, special=inside, letters=None)
+        _train_on_words(tokenizer, words, trainer)
+        return notes
     if config.kind == "wordpiece":
         letters = _letters(words)
         trainer = _trainer(config, vocab_size=vocab_size, special=inside, letters=letters)
@@ -379,9 +378,16 @@ def _letters(words: CountedWords) -> _Letters:
     )
 
 
-def _words(tokenizer: Tokenizer, sample: _Sample, most_chars: int) -> CountedWords:
-    """The words of a sample as the model sees them, of not much more than `most_chars`."""
-    raw = count_words(_counted_words(tokenizer, sample.texts()), most_chars=most_chars)
+def _words(tokenizer: Tokenizer, sample: _Sample, config: TrainingConfig) -> CountedWords:
+    """The words of a sample as the model sees them, of not much more than MOST_WORD_CHARS."""
+    counter: WordCounter | ByteLevelCounter
+    if config.kind == "bpe":
+        counter = ByteLevelCounter(lowercase=config.lowercase)
+    else:
+        counter = WordCounter(tokenizer)
+    raw = count_words(
+        _counted_words(counter, sample.texts()), most_chars=MOST_WORD_CHARS[config.kind]
+    )
     counts: Counter[str] = Counter()
     # such a word may be several to the model
     for word, count in raw.counts.items():
@@ -391,9 +397,10 @@ def _words(tokenizer: Tokenizer, sample: _Sample, most_chars: int) -> CountedWor
     return CountedWords(counts=dict(counts), met=raw.met, is_whole=raw.is_whole, least=raw.least)
 
 
-def _counted_words(tokenizer: Tokenizer, texts: Iterator[str]) -> Iterator[tuple[str, int]]:
+def _counted_words(
+    counter: WordCounter | ByteLevelCounter, texts: Iterator[str]
+) -> Iterator[tuple[str, int]]:
     """The words of texts and how often they stand there: a word may come again, COUNTED_CHARS later."""
-    counter = WordCounter(tokenizer)
     for batch in by_chars(texts, most_chars=COUNTED_CHARS):
         yield from counter(batch)
 

@@ -251,7 +251,7 @@ def test_what_lacks_of_a_frame_at_the_end_is_seen_and_put_there(trained):
     assert first == [[9, 10], [9, 10], [9, 10]]
 
 
-@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
 def test_words_are_counted_as_the_library_counts_them(kind):
     """Its trainer holds the words that it was fed."""
     given = [
@@ -263,7 +263,7 @@ def test_words_are_counted_as_the_library_counts_them(kind):
     ]
     config = tokenizer_training.TrainingConfig(kind=kind, lowercase=True)
     tokenizer = tokenizer_training._untrained(config)
-    ours = tokenizer_training._words(tokenizer, Texts(given), most_chars=10**6)
+    ours = tokenizer_training._words(tokenizer, Texts(given), config)
     trainer = tokenizers.trainers.UnigramTrainer(vocab_size=500, show_progress=False)
     tokenizer.model = tokenizers.models.Unigram()
     tokenizer.train_from_iterator(given, trainer)
