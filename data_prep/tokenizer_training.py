@@ -283,11 +283,10 @@ def _train_on_words(tokenizer: Tokenizer, words: CountedWords, trainer: Any) -> 
     # these are done, and no word holds a line end
     tokenizer.normalizer = None
     tokenizer.pre_tokenizer = pre_tokenizers.CharDelimiterSplit("\n")
-    try:
-        _train(tokenizer, _repeated(words), trainer)
-    finally:
-        tokenizer.normalizer = normalizer
-        tokenizer.pre_tokenizer = pre_tokenizer
+    _train(tokenizer, _repeated(words), trainer)
+    # not after Ctrl-C: the library still holds the tokenizer, and would raise another error
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizer
 
 
 def _repeated(words: CountedWords) -> Iterator[str]:
