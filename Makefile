@@ -38,7 +38,7 @@ test-matrix: install
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --matrix -m matrix
 
 # what users have whose pip does not know our constraints
-NEWEST := torch torchvision deepspeed transformers tokenizers huggingface_hub safetensors datasets pyarrow fastokens numpy scipy \
+NEWEST := torch torchvision deepspeed transformers tokenizers huggingface_hub safetensors datasets pyarrow fastokens orjson numpy scipy \
           scikit-learn sentence-transformers gradio onnx onnxscript onnxruntime wandb
 # mosaicml-streaming asks for transformers below 5 and numpy below 2.2, and works with later ones: pip says so, and goes on
 test-newest:

@@ -1,15 +1,15 @@
-"""The words of a text as a byte-level BPE sees it, with their counts: GPT-2's split.
+"""The words of a text as a byte-level BPE sees it, with their counts: GPT-2's split, and a letter for each byte.
 
     text      It's  naïve (again).
-    parts     It's |  naïve | (again).            cut before white space
-    words     It 's |  naïve | _( again ).        parts of ASCII are split further
+    parts     It's |  naïve | (again).             cut before white space
+    words     It 's Ġ ĠnaÃ¯ve Ġ( again ).          parts of ASCII by numpy, others by the tokenizer
 
-No word of GPT-2's split goes on from another letter to white space, so the words of the parts are those of the text. A part
-with other letters than ASCII stays whole: the tokenizer splits it, which knows what they are.
+No word of GPT-2's split goes on from what is no white space to white space, so the words of the parts are those of the text.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,6 +19,9 @@ import numpy as np
 
 if TYPE_CHECKING:
     import pyarrow
+    from tokenizers import Tokenizer
+
+KNOWN_PARTS = 2**16  # of which it is remembered whether anything is left of them
 
 # white space and what follows it, up to the next
 _PART = re.compile(r"\s*\S+|\s+")
@@ -42,42 +45,61 @@ def _kind(byte: int) -> int:
 
 
 _KINDS = bytes(map(_kind, [*range(128), *[255] * 128]))
+# the letters of a byte-level alphabet: those that cannot be seen stand from U+0100 on (GPT-2's bytes_to_unicode)
+_UNSEEN = [*range(33), *range(127, 161), 173]
+_SHOWN = {byte: chr(256 + number) for number, byte in enumerate(_UNSEEN) if byte < 128}
 
 
 class ByteLevelCounter:
     """Counts the words of texts."""
 
-    def __init__(self, *, lowercase: bool) -> None:
-        """lowercase: what the tokenizer's normalizer does: 'S is split as 's is."""
+    def __init__(self, tokenizer: Tokenizer, *, lowercase: bool) -> None:
+        """
+        tokenizer: its normalizer and pre-tokenizer are NFC and ByteLevel
+        lowercase: its normalizer takes accents off and makes small letters, too
+        """
+        self._normalizer = tokenizer.normalizer
+        self._pre_tokenizer = tokenizer.pre_tokenizer
         self._lowercase = lowercase
+        self._is_nothing = functools.lru_cache(KNOWN_PARTS)(self._becomes_nothing)
 
     def __call__(self, texts: Sequence[str]) -> Iterator[tuple[str, int]]:
-        """Each different word of ASCII, and each part with other letters, and how often it is there."""
+        """Each different word and how often it is there; a word may come twice."""
         plain: list[bytes] = []
         others: Counter[str] = Counter()
         for text in texts:
-            of_ascii, parts = _plain_part(text)
+            of_ascii, parts = self._parts(text)
             plain.append(of_ascii.encode("ascii"))
             others.update(parts)
-        yield from others.items()
+        for part, count in others.items():
+            normal = self._normalizer.normalize_str(part)
+            for word, _ in self._pre_tokenizer.pre_tokenize_str(normal):
+                yield word, count
 
         joined = _END + _END.join(plain) + 3 * _END
         found = _words(joined.lower() if self._lowercase else joined).value_counts()
         words = found.field("values").to_pylist()
         counts = found.field("counts").to_pylist()
         for word, count in zip(words, counts, strict=True):
-            yield word.decode("ascii"), count
+            yield word.decode("ascii").translate(_SHOWN), count
 
+    def _parts(self, text: str) -> tuple[str, list[str]]:
+        """The parts of ASCII of a text, end to end, and its other parts."""
+        if text.isascii():
+            return text, []
+        if _SEPARATORS.search(text):
+            return "", [text]
+        parts: list[str] = _PART.findall(text)
+        others = [part for part in parts if not part.isascii()]
+        # accents alone vanish, and what stands on both sides is one run of white space
+        if self._lowercase and any(map(self._is_nothing, others)):
+            return "", [text]
+        # each begins with white space but the first, which nothing stands before
+        return "".join(filter(str.isascii, parts)), others
 
-def _plain_part(text: str) -> tuple[str, list[str]]:
-    """The parts of ASCII of a text, end to end, and its other parts."""
-    if text.isascii():
-        return text, []
-    if _SEPARATORS.search(text):
-        return "", [text]
-    parts: list[str] = _PART.findall(text)
-    # each begins with white space but the first, which nothing stands before
-    return "".join(filter(str.isascii, parts)), [part for part in parts if not part.isascii()]
+    def _becomes_nothing(self, part: str) -> bool:
+        normal: str = self._normalizer.normalize_str(part)
+        return not normal.strip()
 
 
 def _words(joined: bytes) -> pyarrow.BinaryArray:

@@ -301,9 +301,11 @@ def text_hash(text: str) -> int:
 
 
 def one_thread_a_process() -> None:
-    """The encoders and numpy start a thread per core; with a process per core they must not. Before the first encoding, and
-    before the processes start: theirs hear it when they import numpy."""
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    """The encoders and numpy start a thread per core; with a process per core they must not. Before the first encoding.
+
+    It stays in this process's environment. numpy hears it in processes that start afterwards.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ["RAYON_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

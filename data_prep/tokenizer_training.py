@@ -379,14 +379,12 @@ def _letters(words: CountedWords) -> _Letters:
 
 def _words(tokenizer: Tokenizer, sample: _Sample, config: TrainingConfig) -> CountedWords:
     """The words of a sample as the model sees them, of not much more than MOST_WORD_CHARS."""
-    counter: WordCounter | ByteLevelCounter
+    most_chars = MOST_WORD_CHARS[config.kind]
     if config.kind == "bpe":
-        counter = ByteLevelCounter(lowercase=config.lowercase)
-    else:
-        counter = WordCounter(tokenizer)
-    raw = count_words(
-        _counted_words(counter, sample.texts()), most_chars=MOST_WORD_CHARS[config.kind]
-    )
+        of_bytes = ByteLevelCounter(tokenizer, lowercase=config.lowercase)
+        return count_words(_counted_words(of_bytes, sample.texts()), most_chars=most_chars)
+
+    raw = count_words(_counted_words(WordCounter(tokenizer), sample.texts()), most_chars=most_chars)
     counts: Counter[str] = Counter()
     # such a word may be several to the model
     for word, count in raw.counts.items():

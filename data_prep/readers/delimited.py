@@ -33,6 +33,7 @@ from encoder.base.errors import nearest
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 READ_BYTES = 2**20  # records that lie whole in it are taken at once
+LONG_CELL_CHARS = 150
 SEPARATORS = (",", ";", "\t", "|")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 _WHOLE = re.compile(r"[+-]?\d{1,300}", re.ASCII)
@@ -331,10 +332,14 @@ class _Columns:
 
 def _text(cell: str) -> Any:
     """A cell, or what stands for one whose bytes are not UTF-8."""
-    if cell.isascii() or not has_surrogates(cell):
+    if cell.isascii():
+        return cell
+    # a long one is looked through faster by what encodes it
+    if len(cell) >= LONG_CELL_CHARS and not has_surrogates(cell):
         return cell
     found = _ESCAPED.search(cell)
-    assert found is not None, "decoding makes no other surrogates"
+    if found is None:
+        return cell
     return NotUtf8(byte=len(cell[: found.start()].encode("utf-8")) + 1)
 
 

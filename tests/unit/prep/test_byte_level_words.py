@@ -21,7 +21,18 @@ PARTS = [
     *" \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u2028\u3000'\"(=_-.",
     *"aZsSté日ß5²½",
     *("'s", "'T", "'re", "'ll", "n't", "  ", "\n\n", " '", "ab", "12"),
-    *("e\u0301", "=\u0338", "\u1112\u1161\u11ab", "🙂", "\u200b", "\ufb01", "\x00", "\x7f"),
+    *(
+        "\u0301",
+        "\ufe0f",
+        "e\u0301",
+        "=\u0338",
+        "\u1112\u1161\u11ab",
+        "🙂",
+        "\u200b",
+        "\ufb01",
+        "\x00",
+        "\x7f",
+    ),
 ]
 
 
@@ -29,6 +40,7 @@ PARTS = [
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(given=st.lists(st.lists(st.sampled_from(PARTS), max_size=24).map("".join), max_size=3))
 @example(given=["'s 's\n's.'s I's a'sun", "x  y \n z\t", " \u00a0 a \x1c b é\x1cé"])
+@example(given=["x \ufe0f\n\n y", "Danger ⚠\n\ufe0f\n\n x", "a \u0301\n\n b"])
 def test_words_are_those_of_the_librarys_split(lowercase, given):
     config = TrainingConfig(kind="bpe", lowercase=lowercase)
     tokenizer = tokenizer_training._untrained(config)
@@ -38,6 +50,15 @@ def test_words_are_those_of_the_librarys_split(lowercase, given):
         normal = tokenizer.normalizer.normalize_str(text)
         theirs.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal))
     assert ours.is_whole and ours.counts == theirs
+
+
+def test_text_without_spaces_is_counted_by_its_words_and_not_by_its_texts():
+    """A bound on what is kept is one on words: a text of another script is not a word."""
+    given = [f"日本語の文章、{number % 50}番目。" * 40 for number in range(300)]
+    config = TrainingConfig(kind="bpe")
+    tokenizer = tokenizer_training._untrained(config)
+    ours = tokenizer_training._words(tokenizer, Texts(given), config)
+    assert ours.is_whole and len(ours.counts) == 54 and max(ours.counts.values()) == 300 * 40
 
 
 def test_the_trained_file_is_the_one_that_the_library_trains_on_the_texts(tmp_path):

@@ -20,6 +20,7 @@ FILTERED = JsonlSource(
     files=("x",),
     filters=(Filter(column="n", at_most=2.0**64), Filter(column="n", none_of=(2**64 + 1, 7))),
 )
+UNWANTED = JsonlSource(name="a", files=("x",), filters=(Filter(column="n", none_of=(2**64 + 1,)),))
 
 # what the two take differently: integers of many digits, halves of pairs, numbers without an end,
 # bytes that are no UTF-8, controls, names that stand twice, depth
@@ -69,7 +70,11 @@ def by_json(block: Block):
         return parse(block)
 
 
-@pytest.mark.parametrize("source", [PLAIN, NESTED, FILTERED], ids=["plain", "nested", "filtered"])
+@pytest.mark.parametrize(
+    "source",
+    [PLAIN, NESTED, FILTERED, UNWANTED],
+    ids=["plain", "nested", "filtered", "unwanted"],
+)
 @pytest.mark.parametrize("line", ODD, ids=range(len(ODD)))
 def test_an_odd_line_is_judged_as_json_judges_it(source, line):
     block = Block(source=source, file="a.jsonl", first=1, lines=line + b'\n{"text": "z", "n": 1}\n')
@@ -97,7 +102,7 @@ def test_lines_however_damaged_are_judged_as_json_judges_them(rows, ascii_alone,
     # some bytes are put over others
     for at, put in cuts:
         lines = lines[:at] + put + lines[at + len(put) :]
-    for source in (PLAIN, FILTERED):
+    for source in (PLAIN, FILTERED, UNWANTED):
         block = Block(source=source, file="a.jsonl", first=1, lines=lines)
         assert parse(block) == by_json(block)
 
