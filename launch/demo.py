@@ -176,6 +176,7 @@ def train_killed_and_resumed(
     """Trains; returns what the ledger proves, as rows of (what, how much)."""
     # here: torch takes seconds
     from encoder.runs.config import read_run
+    from encoder.runs.same import check_same_run
     from encoder.tools.report.compare import compare_ledgers, keep_ledger
     from launch.killed_training import Training, train
 
@@ -190,6 +191,8 @@ def train_killed_and_resumed(
     # kept at the kill; where it is there, the rest alone is to be trained
     ledger_at_kill = out / "killed.json"
     if is_done(run)[0]:
+        # one of another --shrink is another run
+        check_same_run(read_run(RUN_FILE, settings), run)
         shell.show(training.command)
         done_already(run / "done.json")
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Hashable
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -9,17 +11,18 @@ from typing import Any
 
 from encoder.base.agreement import texts_of_all_ranks
 from encoder.base.errors import CheckpointError, UserError
-from encoder.base.log import warn_once
-from encoder.base.schema import Mistakes, brief, read_mapping
+from encoder.base.files import sha256_of
+from encoder.base.schema import Mistakes, read_mapping, to_plain
 from encoder.data.labelled import DataError, check_file
+from encoder.engine.checkpoint.folder import committed_folders
 from encoder.engine.checkpoint.read import newest_checkpoint, read_progress
 from encoder.finetune.best import judge_of
 from encoder.finetune.config import FineTuneConfig, changed_settings
 from encoder.finetune.metrics import check_packages
-from encoder.finetune.prepare import Prepared, read_start, start_of
+from encoder.finetune.prepare import Prepared, prepare_training, read_start, start_of
 from encoder.runs.folder import CHECKPOINTS, EVENTS, RUN_FILE, read_jsonl
 from encoder.runs.foreign_files import check_folder
-from encoder.runs.same import ANEW, check_same_weights
+from encoder.runs.same import ANEW, check_same_weights, refuse_changes
 
 
 def check_task(task: FineTuneConfig) -> None:
@@ -84,16 +87,82 @@ def _words_and_hash(line: str) -> str:
     return f"{words} (SHA-256 {digest})"
 
 
-def say_differences(task: FineTuneConfig) -> None:
-    """About a finished run whose settings are others than the task's: they have no effect any more."""
-    changed = differences_from(task, Path(task.out))
-    if not changed:
+def check_same_settings(task: FineTuneConfig, path: Path, *, of: Path) -> None:
+    """What decides the curve is as in the run file of a run folder or a checkpoint. Raises UserError.
+
+    task: that goes on, with what its rows and its model say
+    path, of: the run file, and what it lies in
+    """
+    refuse_changes(changed_settings(read_mapping(path), task), of=str(of), out=task.out)
+
+
+def check_finished(task: FineTuneConfig) -> None:
+    """A finished run is of this task: by settings, and by start and training rows as far as they are still there.
+
+    Raises UserError as the start of an unfinished run.
+    """
+    folder = Path(task.out)
+    # settings first: they need no rows
+    changed = _changed(read_mapping(folder / RUN_FILE), task)
+    refuse_changes(changed, of=str(folder), out=task.out)
+    # its weights are not asked, and not read
+    for checkpoint in committed_folders(folder / CHECKPOINTS)[-1:]:
+        check_same_start(task, checkpoint)
+    check_finished_rows(task, known={})
+
+
+def check_finished_rows(task: FineTuneConfig, *, known: dict[Hashable, str]) -> None:
+    """A finished run was trained on the task's rows, where they are still there or others are named. Raises UserError.
+
+    task: as it was read
+    known: SHA-256 of rows that were encoded for other runs; takes these
+    """
+    folder = Path(task.out)
+    committed = committed_folders(folder / CHECKPOINTS)
+    before = read_mapping(folder / RUN_FILE)
+    if not committed or not _rows_are_asked(task, before.get("data") or {}):
         return
-    shown = [f"{key} was {brief(old)}, now {brief(new)}" for key, old, new in changed[:5]]
-    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-    warn_once(
-        f"{task.out} was trained with other settings: {', '.join(shown)}{more}. What is there stays."
-        f" To train with these: out=ANOTHER_FOLDER"
+    start = read_start(task)
+    of = (repr((task.task, task.data)), sha256_of(start.tokenizer_json), repr(start.head))
+    rows_of = task.data.train
+    if of not in known:
+        rows = prepare_training(task, start)
+        check_same_settings(rows.task, folder / RUN_FILE, of=folder)
+        known[of], rows_of = rows.train.sha256, rows.rows_of["train"]
+    check_same_examples(known[of], committed[-1], rows_of=rows_of)
+
+
+def _rows_are_asked(task: FineTuneConfig, before: dict[str, Any]) -> bool:
+    """Whether a finished run's training rows are there, or others are named.
+
+    task: that names them now
+    before: the data section that it was trained with
+    """
+    data = task.data
+    if data.hub is not None and data.is_split(data.train):
+        # a name on the hub is no path: the same name as before needs no look
+        named = (to_plain(data.hub), data.train)
+        return data.hub.is_here or named != (before.get("hub"), before.get("train"))
+    there = os.path.realpath(str(before.get("train")))
+    return Path(data.train).exists() or os.path.realpath(data.train) != there
+
+
+def check_same_examples(sha256: str, checkpoint: Path, *, rows_of: str) -> None:
+    """The training examples are those of the run of a checkpoint. Raises CheckpointError.
+
+    sha256: of the examples now
+    checkpoint: of the run
+    rows_of: file or split that they were read of
+    """
+    saved = read_progress(checkpoint)[1]
+    trained_on = saved.get("examples_sha256")
+    if trained_on == sha256:
+        return
+    before = (saved.get("rows_of") or {}).get("train", rows_of)
+    elsewhere = "" if before == rows_of else f", of {before}"
+    raise CheckpointError(
+        f"data.train {rows_of} gives examples of SHA-256 {sha256[:16]}, this run was trained on"
+        f" {str(trained_on)[:16]}{elsewhere}. Put those rows back, {ANEW}"
     )
 
 
@@ -106,11 +175,7 @@ def differences_from(task: FineTuneConfig, folder: Path) -> list[tuple[str, Any,
     if not (folder / RUN_FILE).is_file():
         return []
     before = read_mapping(folder / RUN_FILE)
-    changed = [
-        (key, old, new)
-        for key, old, new in changed_settings(before, task)
-        if not (new is None and key.startswith(("body", "task.")))
-    ]
+    changed = _changed(before, task)
     there = before.get("start_from")
     newest = newest_checkpoint(folder / CHECKPOINTS)
     if there != task.start_from and newest is not None:
@@ -119,6 +184,15 @@ def differences_from(task: FineTuneConfig, folder: Path) -> list[tuple[str, Any,
         except UserError:
             changed.append(("start_from", there, task.start_from))
     return changed
+
+
+def _changed(before: dict[str, Any], task: FineTuneConfig) -> list[tuple[str, Any, Any]]:
+    """As changed_settings, without what the task leaves to its rows and its model."""
+    return [
+        (key, old, new)
+        for key, old, new in changed_settings(before, task)
+        if not (new is None and key.startswith(("body", "task.")))
+    ]
 
 
 def check_same_start(task: FineTuneConfig, checkpoint: Path) -> None:

@@ -21,10 +21,9 @@ from encoder.base.agreement import all_ranks_agree
 from encoder.base.batch import TokenBatch
 from encoder.base.command import as_typed
 from encoder.base.dist import World, watched
-from encoder.base.errors import CheckpointError, ConfigError
+from encoder.base.errors import ConfigError
 from encoder.base.log import note, outlive_readers, say
 from encoder.base.model import TrainedModel
-from encoder.base.schema import read_mapping
 from encoder.base.stopping import StopFlag
 from encoder.base.units import Progress, counted, short_count
 from encoder.data.examples import (
@@ -35,18 +34,19 @@ from encoder.data.examples import (
     in_order,
 )
 from encoder.data.loader import DataPosition, StepData
-from encoder.engine.checkpoint.read import read_progress
 from encoder.engine.engine import Engine
 from encoder.engine.precision import precision_on
 from encoder.finetune.best import BestKeeper, best_checkpoint, judge_of
 from encoder.finetune.checks import (
+    check_finished,
     check_first_start,
+    check_same_examples,
     check_same_rows,
+    check_same_settings,
     check_same_start,
     check_task,
-    say_differences,
 )
-from encoder.finetune.config import FineTuneConfig, changed_settings
+from encoder.finetune.config import FineTuneConfig
 from encoder.finetune.kinds.contract import AskedSet, Decided
 from encoder.finetune.metrics import Scores
 from encoder.finetune.predict import KeptWeights, predicted, write_predictions, write_result
@@ -60,7 +60,7 @@ from encoder.optim.shares import rate_of_step
 from encoder.runs.about import machine_facts
 from encoder.runs.folder import RUN_FILE
 from encoder.runs.initial import weights_sha256
-from encoder.runs.same import has_begun, refuse_changes
+from encoder.runs.same import has_begun
 from encoder.train import build
 from encoder.train.course import Evaluation, UpdateSettings, crossed
 from encoder.train.loop import Outcome, done_already, train_course
@@ -103,8 +103,7 @@ def _finetune(
     """As finetune, whose parameters these are."""
     folder = Path(task.out)
     # what needs no data comes first: a mistake is told in seconds
-    if done := done_already(folder, world):
-        say_differences(task)
+    if done := done_already(folder, world, check=lambda: check_finished(task)):
         return done
     check_task(task)
 
@@ -123,15 +122,6 @@ def _finetune(
         dataclasses.replace(prepared, task=task), world=world, device=device, start=start
     )
     return train_course(course, world, device, clock=clock, stop=stop)
-
-
-def check_same_settings(task: FineTuneConfig, path: Path, *, of: Path) -> None:
-    """What decides the curve is as in the run file of a run folder or a checkpoint. Raises UserError.
-
-    task: that goes on
-    path, of: the run file, and what it lies in
-    """
-    refuse_changes(changed_settings(read_mapping(path), task), of=str(of), out=task.out)
 
 
 @dataclass(frozen=True)
@@ -216,20 +206,9 @@ class FineTuning:
         check_same_settings(self.run, checkpoint / RUN_FILE, of=checkpoint)
         if self._world.first:
             check_same_start(self.run, checkpoint)
-        saved = read_progress(checkpoint)[1].get("examples_sha256")
-        here = self.prepared.train.sha256
-        if saved != here:
-            raise CheckpointError(
-                f"data.train {self.prepared.rows_of['train']} gives examples of SHA-256 {here[:16]},"
-                f" this run was trained on {str(saved)[:16]}{self._read_before(checkpoint)}. Put"
-                " those rows back, or start anew with out=ANOTHER_FOLDER."
-            )
-
-    def _read_before(self, checkpoint: Path) -> str:
-        """Where a run's training rows came from, if it was elsewhere."""
-        rows_of = read_progress(checkpoint)[1].get("rows_of") or {}
-        before = rows_of.get("train", self.prepared.rows_of["train"])
-        return "" if before == self.prepared.rows_of["train"] else f", of {before}"
+        check_same_examples(
+            self.prepared.train.sha256, checkpoint, rows_of=self.prepared.rows_of["train"]
+        )
 
     def set_first_weights(self, engine: Engine) -> Progress:
         """Those of start_from; a head that it has none for is drawn."""

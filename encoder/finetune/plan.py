@@ -13,9 +13,14 @@ from encoder.base.rng import generator
 from encoder.base.units import counted, short_count
 from encoder.base.world import World
 from encoder.engine.checkpoint.read import newest_checkpoint
-from encoder.finetune.checks import check_first_start, check_task, say_differences
+from encoder.finetune.checks import (
+    check_finished,
+    check_first_start,
+    check_same_settings,
+    check_task,
+)
 from encoder.finetune.config import FineTuneConfig
-from encoder.finetune.course import FineTuning, check_same_settings
+from encoder.finetune.course import FineTuning
 from encoder.finetune.kinds.contract import AskedSet
 from encoder.finetune.prepare import Prepared, Start, prepare, read_start
 from encoder.runs.folder import CHECKPOINTS, RUN_FILE
@@ -29,8 +34,7 @@ def plan_lines(task: FineTuneConfig) -> list[str]:
 
     None of a finished run, which is said as the run would.
     """
-    if done_already(Path(task.out), World()):
-        say_differences(task)
+    if done_already(Path(task.out), World(), check=lambda: check_finished(task)):
         return []
     check_task(task)
     start = read_start(task)

@@ -71,7 +71,11 @@ def read_start(task: FineTuneConfig) -> Start:
         model = StoredModel(
             config=begun.model, weights={}, tokenizer_json=folder / TOKENIZER, origin=""
         )
-        return Start(model=model, tokenizer_json=folder / TOKENIZER, resumes=True)
+        # its labels keep the order that it began with
+        head = TaskHead(
+            kind=begun.task.HEAD, labels=begun.task.labels, weights={}, problem=begun.task.PROBLEM
+        )
+        return Start(model=model, tokenizer_json=folder / TOKENIZER, resumes=True, head=head)
     return start_of(Path(task.start_from))
 
 
@@ -182,6 +186,36 @@ def prepare(task: FineTuneConfig, start: Start, *, last: LastRows | None = None)
     start: its model
     last: rows that another run of this process has encoded
     """
+    body, encoder = _body_and_encoder(task, start)
+    sets = (last or LastRows()).sets(task, encoder, start)
+    task = dataclasses.replace(task, task=sets.kind, body=body)
+    return Prepared(
+        task=task,
+        head=head_shape(task, encoder.specials),
+        encoder=encoder,
+        train_set=sets.train,
+        dev=sets.dev,
+        test=sets.test,
+        rows_of=sets.rows_of,
+    )
+
+
+def prepare_training(task: FineTuneConfig, start: Start) -> Prepared:
+    """As prepare, of the training rows alone. Raises UserError with file and row."""
+    body, encoder = _body_and_encoder(task, start)
+    rows = _encode_training(task, encoder, start)
+    task = dataclasses.replace(task, task=rows.kind, body=body)
+    return Prepared(
+        task=task,
+        head=head_shape(task, encoder.specials),
+        encoder=encoder,
+        train_set=rows.train,
+        rows_of=rows.rows_of,
+    )
+
+
+def _body_and_encoder(task: FineTuneConfig, start: Start) -> tuple[ModelConfig, TextEncoder]:
+    """The model with the task's dropout, and what makes tokens of its rows. Raises UserError."""
     kind = task.task
     body = dataclasses.replace(start.model.config, **_known(task, start.model))
     if task.body is not None and task.body != body:
@@ -199,22 +233,21 @@ def prepare(task: FineTuneConfig, start: Start, *, last: LastRows | None = None)
         segments=getattr(body, "type_vocab_size", 0) > 1,
         pairs=kind.pairs,
     )
-
-    sets = (last or LastRows()).sets(task, encoder, start)
-    task = dataclasses.replace(task, task=sets.kind, body=body)
-    return Prepared(
-        task=task,
-        head=head_shape(task, encoder.specials),
-        encoder=encoder,
-        train_set=sets.train,
-        dev=sets.dev,
-        test=sets.test,
-        rows_of=sets.rows_of,
-    )
+    return body, encoder
 
 
-def _encode_all(task: FineTuneConfig, encoder: TextEncoder, start: Start) -> EncodedSets:
-    """Rows of all files and splits. Raises UserError with file and row."""
+@dataclass(frozen=True, kw_only=True)
+class _EncodedTraining:
+    """The training rows of a task, encoded."""
+
+    kind: TaskConfig  # whose labels are known
+    train: AskedSet
+    held_out: Rows | None  # of data.dev_share
+    rows_of: dict[str, str]  # as of Prepared
+
+
+def _encode_training(task: FineTuneConfig, encoder: TextEncoder, start: Start) -> _EncodedTraining:
+    """Rows of data.train. Raises UserError with file and row."""
     kind, data = task.task, task.data
     train_rows = _rows(data, data.train, kind)
     rows_of = {"train": str(train_rows.path)}
@@ -227,7 +260,13 @@ def _encode_all(task: FineTuneConfig, encoder: TextEncoder, start: Start) -> Enc
         kind = dataclasses.replace(kind, labels=start.in_its_order(named))
     train = kind.encode(train_rows, encoder, name="train")
     kind.check_training(train.examples, train_rows)
+    return _EncodedTraining(kind=kind, train=train, held_out=held_out, rows_of=rows_of)
 
+
+def _encode_all(task: FineTuneConfig, encoder: TextEncoder, start: Start) -> EncodedSets:
+    """Rows of all files and splits. Raises UserError with file and row."""
+    training, data = _encode_training(task, encoder, start), task.data
+    kind, rows_of = training.kind, dict(training.rows_of)
     sets: dict[str, list[AskedSet]] = {}
     for side, named_sets in (("dev", data.dev), ("test", data.test)):
         sets[side] = []
@@ -235,10 +274,12 @@ def _encode_all(task: FineTuneConfig, encoder: TextEncoder, start: Start) -> Enc
             rows = _rows(data, where, kind)
             rows_of[name] = str(rows.path)
             sets[side].append(kind.encode(rows, encoder, name=name))
-    if held_out is not None:
+    if (held_out := training.held_out) is not None:
         rows_of[HELD_OUT] = str(held_out.path)
         sets["dev"].append(kind.encode(held_out, encoder, name=HELD_OUT))
-    return EncodedSets(kind=kind, train=train, dev=sets["dev"], test=sets["test"], rows_of=rows_of)
+    return EncodedSets(
+        kind=kind, train=training.train, dev=sets["dev"], test=sets["test"], rows_of=rows_of
+    )
 
 
 def _identity(task: FineTuneConfig, encoder: TextEncoder) -> tuple[Hashable, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,11 +92,17 @@ def check_data(run: RunConfig) -> DataFacts:
     )
 
 
-def named_sources(run: RunConfig) -> RunConfig:
-    """The run with the name of every source written out, as it is recorded: a source is known by it wherever it lies."""
+def named_sources(
+    run: RunConfig, *, name_of: Callable[[SourceConfig], str | None] = source_name
+) -> RunConfig:
+    """The run with the name of every source written out, as it is recorded: a source is known by it wherever it lies.
+
+    run: as it was read
+    name_of: what a source is named; None leaves it without
+    """
 
     def named(sources: Sequence[SourceConfig]) -> tuple[SourceConfig, ...]:
-        return tuple(dataclasses.replace(s, name=source_name(s)) for s in sources)
+        return tuple(dataclasses.replace(s, name=name_of(s)) for s in sources)
 
     return with_settings(
         run,

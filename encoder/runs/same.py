@@ -6,7 +6,8 @@
     branch_from        the link of the parent's ledger
     objective          the SHA-256 of the weights of its stored models, such as a teacher
 
-So shards and models may be moved, and named by another path; what is no longer needed may be gone.
+So shards and models may be moved, and named by another path; what is no longer needed may be gone: of a finished run all of
+them.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ from typing import Any
 from torch import Tensor
 
 from encoder.base.errors import CheckpointError, ShardError, UserError
+from encoder.base.files import sha256_of
 from encoder.base.hub import parse_hub_name
 from encoder.base.schema import brief, read_mapping
 from encoder.base.units import parse_tokens
+from encoder.data.cache import fetch_side_files
+from encoder.data.shard_format import CARD
 from encoder.engine.checkpoint.folder import COMMITTED, committed_folders
 from encoder.engine.checkpoint.read import read_progress
-from encoder.runs.config import RunConfig, changed_settings
-from encoder.runs.facts import HELD_OUT, DataFacts
+from encoder.runs.config import RunConfig, SourceConfig, changed_settings
+from encoder.runs.facts import HELD_OUT, DataFacts, named_sources, source_name
 from encoder.runs.folder import CHECKPOINTS, LEDGER, RUN_FILE, read_jsonl
 from encoder.runs.foreign_files import check_folder
 from encoder.runs.initial import weights_sha256
-from encoder.runs.objective_models import AskedModel, check_same_models
+from encoder.runs.objective_models import AskedModel, check_same_models, places_of
 from encoder.runs.weights import read_model
 
 ANEW = "or start anew with out=ANOTHER_FOLDER."
@@ -105,7 +109,7 @@ def check_same_data(run: RunConfig, facts: DataFacts, folder: Path) -> None:
     """The sources are those of the newest checkpoint in a run folder, where there is one. Raises ShardError."""
     found = committed_folders(folder / CHECKPOINTS)
     if found:
-        _check_cards(run, facts, read_progress(found[-1])[1]["card_sha256"])
+        _check_cards(run, facts.card_sha256, read_progress(found[-1])[1]["card_sha256"])
 
 
 def check_same_content(
@@ -127,9 +131,93 @@ def check_same_content(
     Raises ShardError, CheckpointError.
     """
     extra = read_progress(checkpoint)[1]
-    _check_cards(run, facts, extra["card_sha256"])
+    _check_cards(run, facts.card_sha256, extra["card_sha256"])
     check_same_models(asked, extra.get("objective_sha256") or {}, run=run)
+    _check_origin(run, extra, read_mapping(checkpoint / RUN_FILE), first=first)
+
+
+def check_finished(run: RunConfig, folder: Path, *, first: bool) -> None:
+    """A finished run is of these sources, stored models and parent, as far as they are still there. Called on every rank.
+
+    run: as it was read; its settings were compared
+    folder: of the finished run
+    first: of rank zero, which alone reads weights
+
+    Raises UserError as the start of an unfinished run.
+    """
+    checkpoint = committed_folders(folder / CHECKPOINTS)[-1]
+    extra = read_progress(checkpoint)[1]
     before = read_mapping(checkpoint / RUN_FILE)
+    saved = extra["card_sha256"]
+    here = _cards_at_hand(run, before, saved)
+    run = named_sources(run, name_of=_name_at_hand)
+    check_same_settings(run, checkpoint / RUN_FILE, of=str(checkpoint))
+    _check_cards(run, here, saved)
+    digests = extra.get("objective_sha256") or {}
+    for name, place in places_of(run).items():
+        if first and digests.get(name):
+            check_same_weights(
+                Path(place),
+                digests[name],
+                key=f"objective.{name}",
+                before=before["objective"].get(name),
+                read=lambda path: read_model(path).weights,
+            )
+    _check_origin(run, extra, before, first=first)
+
+
+def _cards_at_hand(run: RunConfig, before: dict[str, Any], saved: dict[str, str]) -> dict[str, str]:
+    """Source name -> SHA-256 of its card now; of shards that are gone, what it was. Raises ShardError.
+
+    run: whose sources of training are looked at
+    before: the run file of its checkpoint
+    saved: the SHA-256 that the checkpoint has
+    """
+    mixtures = [before["data"]["sources"], *(p.get("sources") or [] for p in before["phases"])]
+    known = {_place(s["path"]): s.get("name") for mixture in mixtures for s in mixture}
+    here: dict[str, str] = {}
+    for source in (*run.data.sources, *(s for p in run.phases for s in p.sources or ())):
+        if _place(source.path) in known and not _has_card(source):
+            name = source.name or known[_place(source.path)]
+            # recorded before names were: which source is gone is not known
+            if name is None:
+                return saved
+            digest = saved.get(name, "")
+        else:
+            # another place is named: what is not there is no answer
+            if source.cache:
+                fetch_side_files(source.path, Path(source.cache))
+            name = source_name(source)
+            digest = sha256_of(source.folder / CARD)
+        # of two places of one name the changed one counts
+        if here.get(name) in (None, saved.get(name)):
+            here[name] = digest
+    return here
+
+
+def _place(path: str) -> str:
+    """One spelling of a folder's path; a URL stays as it is."""
+    return path.rstrip("/") if "://" in path else os.path.realpath(path)
+
+
+def _has_card(source: SourceConfig) -> bool:
+    return (source.folder / CARD).is_file()
+
+
+def _name_at_hand(source: SourceConfig) -> str | None:
+    """As source_name, for shards that may be gone."""
+    return source_name(source) if _has_card(source) else source.name
+
+
+def _check_origin(
+    run: RunConfig, extra: dict[str, Any], before: dict[str, Any], *, first: bool
+) -> None:
+    """init_from and branch_from are what a run began with, as far as they are still there. Raises CheckpointError.
+
+    run: that goes on, or is done
+    extra, before: what its checkpoint has beside the progress, and its run file
+    first: of rank zero, which alone reads initial weights
+    """
     if first and run.init_from and extra.get("init_sha256"):
         check_same_weights(
             Path(run.init_from),
@@ -142,10 +230,10 @@ def check_same_content(
         _check_parent(Path(run.branch_from), extra["parent"])
 
 
-def _check_cards(run: RunConfig, facts: DataFacts, saved_sha256: dict[str, str]) -> None:
+def _check_cards(run: RunConfig, here_sha256: dict[str, str], saved_sha256: dict[str, str]) -> None:
     # what is only looked at may change
     saved = {name: digest for name, digest in saved_sha256.items() if HELD_OUT not in name}
-    here = {name: digest for name, digest in facts.card_sha256.items() if HELD_OUT not in name}
+    here = {name: digest for name, digest in here_sha256.items() if HELD_OUT not in name}
     # names in their order: the order of the sources decides which documents come
     if [*saved] != [*here]:
         number, old, new = next(

@@ -15,7 +15,7 @@ import enum
 import math
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,14 +64,21 @@ class StepOutcome(enum.Enum):
     STOP = "stop"  # saved, as it was asked to
 
 
-def done_already(folder: Path, world: World) -> Outcome | None:
-    """Says so where a run folder's run is at its end; None: it is to be trained."""
+def done_already(folder: Path, world: World, *, check: Callable[[], None]) -> Outcome | None:
+    """Says so where a run folder's run is at its end; None: it is to be trained. Raises what `check` raises.
+
+    folder: of the run
+    world: of this rank
+    check: that a finished run is the one that is asked for, by settings and by what is still there of its data
+    """
     done, problem = is_done(folder)
     if problem and world.first:
         # this command is that start already
         warn_once(problem.replace("start the run again, and what", "what"))
     if not done:
         return None
+    # another run's end is no answer
+    check()
     say(
         f"{folder} is done already ({DONE} says so): {as_typed('export', folder, 'OUT')}. For a"
         " new run use out=ANOTHER."

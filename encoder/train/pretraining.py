@@ -37,7 +37,12 @@ from encoder.runs.folder import CHECKPOINTS, RUN_FILE
 from encoder.runs.initial import InitialWeights, read_initial
 from encoder.runs.objective_models import AskedModel, read_objective_models
 from encoder.runs.phases import current_phase, lr_at, phase_is_done, phase_of_weights
-from encoder.runs.same import check_same_content, check_same_run, check_same_settings
+from encoder.runs.same import (
+    check_finished,
+    check_same_content,
+    check_same_run,
+    check_same_settings,
+)
 from encoder.train import build
 from encoder.train.course import Evaluation, UpdateSettings, crossed
 from encoder.train.evaluate import HeldOut, held_out_numbers, held_out_text, silent_sources
@@ -80,7 +85,9 @@ def _pretrain(run: RunConfig, world: World, stop: StopFlag) -> Outcome:
     # what needs no data and no other rank comes first: a mistake is told in seconds
     run.tracking.check_packages()
     check_same_run(run, folder)
-    if done := done_already(folder, world):
+    if done := done_already(
+        folder, world, check=lambda: check_finished(run, folder, first=world.first)
+    ):
         return done
 
     # all of the run file and of the shards' cards, before any rank waits for another

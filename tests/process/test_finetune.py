@@ -12,16 +12,20 @@ import pytest
 import torch
 
 from encoder.base.dist import World
+from encoder.base.errors import ConfigError
 from encoder.data.labelled import DataError
 from encoder.engine.checkpoint.read import newest_checkpoint, read_weights
 from encoder.finetune.config import read_task
 from encoder.finetune.course import finetune
 from encoder.finetune.stored import read_trained
+from encoder.finetune.sweeps.board import Board
+from encoder.finetune.sweeps.points import read_sweeps
 from encoder.models.stored import read_safetensors
 from encoder.runs.folder import EVENTS, LEDGER, METRICS, merged_metrics, read_jsonl
 from encoder.tools.report.report import verify_ledger, write_report
 from encoder.tools.weights.export import export_run
-from tests.helpers.tasks import write_rows, write_task
+from launch import finetune as launch_finetune
+from tests.helpers.tasks import write_rows, write_start, write_task
 from tests.process.ranks import run_ranks, start_ranks, wait_for
 
 # (name, ranks, settings)
@@ -212,6 +216,60 @@ def test_another_data_set_cannot_go_on_in_the_folder_of_a_run(root):
         )
     with pytest.raises(AssertionError, match="seed was 5, now 6"):
         run_ranks(train, 1, root=str(root), out="begun", settings=["seed=6"])
+
+
+def test_a_finished_run_refuses_other_rows_and_settings_and_not_that_its_rows_are_gone(
+    root, tmp_path, capsys
+):
+    shutil.copytree(root / "start", tmp_path / "start")
+    shutil.copy(root / "train.jsonl", tmp_path)
+    shutil.copytree(root / "one", tmp_path / "one")
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    (tmp_path / "other.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    (tmp_path / "moved.jsonl").write_text((tmp_path / "train.jsonl").read_text())
+
+    def said(*settings: str) -> str:
+        task = [f"out={tmp_path}/one", f"start_from={tmp_path}/start", *settings]
+        code = launch_finetune.main([str(root / "task.yaml"), *task])
+        told = capsys.readouterr()
+        assert (code == 0) == ("is done already" in told.out), told
+        assert code in (0, 2)
+        return told.err
+
+    assert said() == ""
+    assert said(f"data.train={tmp_path}/moved.jsonl", "loader.micro_batch_tokens=40") == ""
+    assert "gives examples of SHA-256" in said(f"data.train={tmp_path}/other.jsonl")
+    assert "none.jsonl does not exist" in said(f"data.train={tmp_path}/none.jsonl")
+    assert "epochs was 2, now 3" in said("epochs=3")
+    write_start(tmp_path / "bert", family="bert")
+    assert "holds weights of SHA-256" in said(f"start_from={tmp_path}/bert")
+    # dev and test sets may go, and so may the rows themselves
+    gone = [f"data.dev.dev={tmp_path}/gone.jsonl", f"data.test.more={tmp_path}/gone.jsonl"]
+    assert said(*gone) == ""
+    run_yaml = tmp_path / "one" / "run.yaml"
+    run_yaml.write_text(run_yaml.read_text().replace(f"{root}/train.jsonl", f"{tmp_path}/gone.csv"))
+    assert said(f"data.train={tmp_path}/gone.csv", f"start_from={tmp_path}/none") == ""
+
+
+def test_a_finished_point_of_a_sweep_is_done_only_with_the_rows_that_it_was_trained_on(
+    root, tmp_path
+):
+    task = (root / "task.yaml").read_text()
+    (tmp_path / "task.yaml").write_text(task)
+    sweep = {"base": f"{tmp_path}/task.yaml", "out": f"{tmp_path}/points", "seeds": [5]}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
+    (point,) = read_sweeps([tmp_path / "sweep.yaml"])[0].points()
+    shutil.copytree(root / "one", point.folder)
+    (point.folder.parent / "sweep.yaml").write_text("")
+    assert Board(read_sweeps([tmp_path / "sweep.yaml"])).take() is None
+
+    lines = (root / "train.jsonl").read_text().splitlines()
+    (tmp_path / "other.jsonl").write_text("\n".join(lines[1:]) + "\n")
+    (tmp_path / "task.yaml").write_text(
+        task.replace(f"{root}/train.jsonl", f"{tmp_path}/other.jsonl")
+    )
+    with pytest.raises(ConfigError, match="seed=5: data.train .*gives examples of SHA-256"):
+        read_sweeps([tmp_path / "sweep.yaml"])
 
 
 def test_a_finished_run_becomes_a_folder_whose_pipeline_says_the_labels(root, tmp_path):

@@ -154,6 +154,63 @@ def test_a_model_or_a_parent_is_known_by_its_content_and_not_its_path(told):
     assert (root / "branch" / DONE).is_file() and (root / "grown" / DONE).is_file()
 
 
+def ends(world: World, *, folder: str) -> dict[str, str]:
+    """A finished run started again: with its data moved, gone, or of other text; and with other models."""
+    root, said = Path(folder), {}
+    said["parent"] = start(world, root, "parent")
+    for name, settings in (
+        ("done", []),
+        ("grown", [f"init_from={root}/parent"]),
+        ("branch", [f"branch_from={root}/parent", "seed=4"]),
+    ):
+        said[f"{name} ends"] = start(world, root, name, *settings)
+    said["another"] = start(world, root, "another", "seed=5")
+
+    other = paths(root / "few" / "train", root / "b" / "train")
+    few = root / "few" / "train"
+    write_source(few, random_documents(90, seed=9, longest=60), vocab_size=64)
+    said["other name"] = start(world, root, "done", *other)
+    said["other text"] = start(world, root, "done", *other, "data.sources.0.name=a")
+    said["not there"] = start(world, root, "done", *paths(root / "none", root / "b" / "train"))
+    said["other weights"] = start(world, root, "grown", f"init_from={root}/another")
+    said["other parent"] = start(world, root, "branch", f"branch_from={root}/another", "seed=4")
+    (root / "elsewhere").mkdir()
+    shutil.move(root / "a", root / "elsewhere" / "a")
+    said["gone"] = start(world, root, "done")
+    said["gone, named"] = start(world, root, "done", "data.sources.0.name=a")
+    said["moved"] = start(
+        world, root, "done", *paths(root / "elsewhere/a/train", root / "b" / "train")
+    )
+    shutil.rmtree(root / "b")
+    write_source(root / "b" / "train", random_documents(90, seed=9, longest=60), vocab_size=64)
+    said["one gone, one other"] = start(world, root, "done")
+    shutil.rmtree(root / "b")
+    shutil.rmtree(root / "parent")
+    said["all gone"] = start(world, root, "done")
+    said["all gone, grown"] = start(world, root, "grown", f"init_from={root}/parent")
+    said["all gone, branch"] = start(world, root, "branch", f"branch_from={root}/parent", "seed=4")
+    return said
+
+
+def test_a_finished_run_refuses_other_data_and_models_and_not_that_they_are_gone(tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        write_source(
+            tmp_path / name / "train", random_documents(90, seed=seed, longest=60), vocab_size=64
+        )
+    (tmp_path / "run.yaml").write_text(RUN.format(root=tmp_path))
+    (said,) = run_ranks(ends, 1, folder=str(tmp_path))
+    refused = {
+        "other name": "data.sources.0.name was a, now few",
+        "other text": "has a card of SHA-256",
+        "one gone, one other": "source b in ",
+        "not there": "does not exist",
+        "other weights": "init_from ",
+        "other parent": "is not what this run branched off",
+    }
+    for name, text in said.items():
+        assert refused[name] in text if name in refused else text == "", (name, text)
+
+
 def restarts(world: World, *, folder: str) -> dict[str, str]:
     """A run recorded before there were some settings: as it goes on, and as it does not."""
     root, said = Path(folder), {}

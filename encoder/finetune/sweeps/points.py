@@ -16,16 +16,17 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from encoder.base.done import is_done
 from encoder.base.errors import ConfigError, UserError
 from encoder.base.schema import Mistakes, brief, from_mapping, read_mapping
 from encoder.finetune.best import Judge, one_of_metrics
-from encoder.finetune.checks import check_task, differences_from
+from encoder.finetune.checks import check_finished_rows, check_task, differences_from
 from encoder.finetune.config import FineTuneConfig, one_of_dev, read_task
 from encoder.finetune.stored import is_task
 from encoder.finetune.sweeps.config import OWN_KEYS, SweepConfig, number_of, value_text
@@ -278,6 +279,8 @@ def _points_refused(sweep: Sweep) -> Iterator[str]:
     """What is wrong with points: their settings together, their files, or a folder that was trained with others."""
     starts: set[str] = set()
     files: set[str] = set()
+    # SHA-256 of rows: points have mostly the same ones
+    known: dict[Hashable, str] = {}
     for point in [*sweep.points(), *_confirming_any(sweep)]:
         try:
             task = sweep.task(point)
@@ -293,11 +296,16 @@ def _points_refused(sweep: Sweep) -> Iterator[str]:
         if sweep.after is None and task.start_from not in starts:
             starts.add(task.start_from)
             yield from _refusals(lambda task=task: _check_start(Path(task.start_from)))
-        for key, old, new in _changed(task, point, sweep)[:1]:
+        if changed := _changed(task, point, sweep):
+            key, old, new = changed[0]
             yield (
                 f"{point.folder} was trained with other settings: {key} was {brief(old)}, now"
                 f" {brief(new)}. Put it back, or set another out."
             )
+        # what counts as done is of these rows, too
+        elif is_done(point.folder)[0]:
+            found = _refusals(lambda task=task: check_finished_rows(task, known=known))
+            yield from (f"{point.folder}: {text}" for text in found)
 
 
 def _confirming_any(sweep: Sweep) -> list[Point]:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from encoder.base.errors import ConfigError, UserError
+from encoder.base.errors import CheckpointError, ConfigError, UserError
 from encoder.base.schema import to_yaml
 from encoder.base.units import Progress
 from encoder.engine.checkpoint import folder
 from encoder.finetune import stored
 from encoder.finetune.best import BestKeeper, Judge, judge_of, one_of_metrics
-from encoder.finetune.checks import check_task, say_differences
+from encoder.finetune.checks import check_finished, check_task
 from encoder.finetune.config import changed_settings, read_task
 from encoder.optim.shares import CosineShares, LinearShares
 from tests.helpers.tasks import write_task
@@ -150,12 +150,11 @@ def test_all_that_can_be_seen_at_once_is_told_at_once(tmp_path):
     check_task(read_task(path))
 
 
-def test_a_finished_run_says_which_settings_are_others_now(tmp_path, capsys):
+def test_a_finished_run_refuses_settings_that_are_others_now(tmp_path):
     path = write_task(tmp_path)
     out = Path(read_task(path).out)
     out.mkdir()
     (out / "run.yaml").write_text(to_yaml(read_task(path)))
-    say_differences(read_task(path, ["loader.micro_batch_tokens=9"]))
-    assert capsys.readouterr().err == ""
-    say_differences(read_task(path, ["seed=6", "epochs=9"]))
-    assert "seed was 5, now 6, epochs was 2, now 9" in capsys.readouterr().err
+    check_finished(read_task(path, ["loader.micro_batch_tokens=9"]))
+    with pytest.raises(CheckpointError, match=r"seed was 5, now 6 \(also epochs\)"):
+        check_finished(read_task(path, ["seed=6", "epochs=9"]))
