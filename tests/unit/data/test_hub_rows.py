@@ -238,7 +238,7 @@ def test_another_commit_with_other_rows_is_refused_by_its_name(tmp_path, monkeyp
 
     begun = course()
     saved = begun.to_plain()
-    monkeypatch.setattr("encoder.finetune.course.read_progress", lambda _: (None, saved))
+    monkeypatch.setattr("encoder.finetune.checks.read_progress", lambda _: (None, saved))
     monkeypatch.setattr("encoder.finetune.course.check_same_settings", lambda *_, **__: None)
     monkeypatch.setattr("encoder.finetune.course.check_same_start", lambda *_: None)
     begun.check_same(tmp_path)

@@ -98,6 +98,17 @@ def test_a_dry_run_of_a_run_that_has_begun_says_what_a_start_would(tmp_path, cap
     assert "seed was 5, now 6" in said.err and "is done already" not in said.out
 
 
+def test_a_run_that_goes_on_keeps_the_order_of_the_labels_that_it_began_with(tmp_path, monkeypatch):
+    path = write_task(tmp_path)
+    out = tmp_path / "run"
+    out.mkdir()
+    begun = prepared(tmp_path, ["task.labels=[b, a]"]).task
+    (out / "run.yaml").write_text(to_yaml(begun))
+    (out / TOKENIZER).write_bytes((tmp_path / "start" / TOKENIZER).read_bytes())
+    monkeypatch.setattr("encoder.finetune.prepare.committed_folders", lambda _: [out])
+    assert path.is_file() and prepared(tmp_path, ["task.labels=null"]).task == begun
+
+
 def test_a_pair_has_its_form_and_the_second_text_its_segment(tmp_path):
     write_task(tmp_path)
     write_start(tmp_path / "bert", family="bert")
