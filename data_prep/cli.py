@@ -482,12 +482,11 @@ def _add_environment_corpus(commands: _Commands) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    from data_prep.config import PrepareConfig
+    from data_prep.config import read_preparation
     from data_prep.prepare import prepare
-    from encoder.base.schema import read_settings
 
     prepare(
-        read_settings(PrepareConfig, args.config, args.overrides),
+        read_preparation(args.config, args.overrides),
         only=args.source,
         part=args.part,
         again=args.again,
@@ -495,11 +494,10 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from data_prep.config import PrepareConfig
+    from data_prep.config import read_preparation
     from data_prep.prepare import merge
-    from encoder.base.schema import read_settings
 
-    config = read_settings(PrepareConfig, args.config, args.overrides)
+    config = read_preparation(args.config, args.overrides)
 
     # merged sources are verified only where that is asked for, since every byte is read
     merge(config, only=args.source)
@@ -517,17 +515,12 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _missing(args: argparse.Namespace) -> None:
-    from data_prep.config import PrepareConfig
+    from data_prep.config import read_preparation
     from data_prep.prepare import missing_parts
     from data_prep.segments import numbers_text
-    from encoder.base.schema import read_settings
 
     print(
-        numbers_text(
-            missing_parts(
-                read_settings(PrepareConfig, args.config, args.overrides), count=args.parts
-            )
-        )
+        numbers_text(missing_parts(read_preparation(args.config, args.overrides), count=args.parts))
     )
 
 
@@ -541,13 +534,12 @@ def _part(text: str) -> object:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from data_prep.config import PrepareConfig
+    from data_prep.config import read_preparation
     from data_prep.plan import mixture_yaml, plan
-    from encoder.base.schema import read_settings
 
     if args.yaml and not args.mixture:
         raise UserError("--yaml needs the name of a mixture; needed: --mixture NAME.")
-    config = read_settings(PrepareConfig, args.config, args.overrides)
+    config = read_preparation(args.config, args.overrides)
     if args.yaml:
         print(mixture_yaml(config, args.mixture))
     else:
@@ -555,12 +547,11 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from data_prep.config import PrepareConfig
+    from data_prep.config import read_preparation
     from data_prep.tokenizer_training import TrainingConfig, sources_of, train_tokenizer
-    from encoder.base.schema import read_settings
 
     if args.config:
-        config = read_settings(PrepareConfig, args.config)
+        config = read_preparation(args.config)
         sources = [*config.sources]
         root = Path(config.root)
     else:

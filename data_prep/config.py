@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from data_prep.filters import Filter
 from data_prep.other_words import OTHER_WORDS
 from data_prep.sentences import ENGLISH, check_language
 from encoder.base.errors import ConfigError, nearest
+from encoder.base.file_kinds import refuse_other_kinds
 from encoder.base.mixtures import Mixture
-from encoder.base.schema import LocalText, PathText, Tokens, chosen_by, to_plain
+from encoder.base.schema import (
+    LocalText,
+    PathText,
+    Tokens,
+    chosen_by,
+    from_mapping,
+    put_overrides,
+    read_mapping,
+    to_plain,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,3 +299,11 @@ class PrepareConfig:
         if hasattr(os, "sched_getaffinity"):
             return len(os.sched_getaffinity(0))
         return os.cpu_count() or 1
+
+
+def read_preparation(path: Path | str, overrides: Sequence[str] = ()) -> PrepareConfig:
+    """A preparation file with `key=value` overrides. Raises ConfigError, also for a file of another kind."""
+    mapping = read_mapping(Path(path))
+    refuse_other_kinds(mapping, "preparation", path=path)
+    put_overrides(mapping, overrides)
+    return from_mapping(PrepareConfig, mapping, where=str(path))

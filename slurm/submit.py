@@ -35,11 +35,10 @@ def command(argv: list[str] | None = None) -> int:
 def missing_parts(config: Path, overrides: list[str], parts: int) -> str | None:
     """Parts of a preparation that are not there, as --array takes them; empty: merging is left; None: all is done."""
     from data_prep import prepare
-    from data_prep.config import PrepareConfig
+    from data_prep.config import read_preparation
     from data_prep.segments import numbers_text
-    from encoder.base.schema import read_settings
 
-    settings = read_settings(PrepareConfig, config, overrides)
+    settings = read_preparation(config, overrides)
     if prepare.all_made(settings):
         return None
     return numbers_text(prepare.missing_parts(settings, count=parts))

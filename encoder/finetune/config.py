@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from encoder.base.errors import ConfigError, nearest
+from encoder.base.file_kinds import refuse_other_kinds
 from encoder.base.schema import (
     LocalText,
     PathText,
@@ -268,6 +269,7 @@ def read_task(path: Path | str, overrides: Sequence[str] = ()) -> FineTuneConfig
     """A task file with `key=value` overrides. Raises ConfigError."""
     # the rate in its long form first: an override may name its peak
     mapping = _with_rate(read_mapping(Path(path)))
+    refuse_other_kinds(mapping, "task", path=path)
     # lr=1e-5 is the peak alone here, too: the file's schedule stays
     if isinstance(mapping.get("lr"), dict):
         overrides = [re.sub(r"^lr=(?=\s*[^{\s])", "lr.peak=", override) for override in overrides]

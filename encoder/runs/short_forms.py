@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from encoder.base.file_kinds import refuse_other_kinds
 from encoder.base.schema import put_overrides, read_mapping
 from encoder.runs.mixtures import keys_written_out, write_out_mixtures
 
@@ -17,7 +18,9 @@ def read_run_mapping(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any
     An override may name a place of the long form, phases.0.tokens=1M, and hold a short one, phases.0.lr=1e-3.
     It may name a mixture, data.mixture.name=long, or a source that a mixture is written out to, data.sources.0.weight=3.
     """
-    mapping = long_form(read_mapping(path))
+    mapping = read_mapping(path)
+    refuse_other_kinds(mapping, "run", path=path)
+    mapping = long_form(mapping)
     # overrides of sources that a mixture stands for wait until it is written out
     written_out = tuple(f"{key}." for key in keys_written_out(mapping))
 

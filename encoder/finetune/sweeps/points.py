@@ -24,6 +24,7 @@ from typing import Any
 
 from encoder.base.done import is_done
 from encoder.base.errors import ConfigError, UserError
+from encoder.base.file_kinds import refuse_other_kinds
 from encoder.base.schema import Mistakes, brief, from_mapping, read_mapping
 from encoder.finetune.best import Judge, one_of_metrics
 from encoder.finetune.checks import check_finished_rows, check_task, differences_from
@@ -187,6 +188,7 @@ def _read_config(path: Path, overrides: Sequence[str]) -> SweepConfig:
             f"{path} is a task file; needed: a sweep file, with base: {path} and seeds. One run"
             " alone: tessera finetune."
         )
+    refuse_other_kinds(mapping, "sweep", path=path)
     mapping.setdefault("out", f"runs/sweeps/{path.stem}")
     return from_mapping(SweepConfig, mapping, where=str(path))
 

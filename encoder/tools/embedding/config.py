@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from encoder.base.errors import ConfigError
+from encoder.base.file_kinds import refuse_other_kinds
 from encoder.base.schema import LocalText, PathText, from_mapping, put_overrides, read_mapping
 
 
@@ -164,6 +165,7 @@ class EmbedConfig:
 def read_embed(path: Path | str, overrides: Sequence[str] = ()) -> EmbedConfig:
     """A settings file with `key=value` overrides; lr may be the peak alone. Raises ConfigError."""
     mapping = _with_rate(read_mapping(Path(path)))
+    refuse_other_kinds(mapping, "embedding", path=path)
     if isinstance(mapping.get("lr"), dict):
         overrides = [re.sub(r"^lr=(?=\s*[^{\s])", "lr.peak=", override) for override in overrides]
     put_overrides(mapping, overrides)

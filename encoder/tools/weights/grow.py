@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from encoder.base.file_kinds import refuse_other_kinds
 from encoder.base.schema import chosen_by, from_mapping, put_overrides, read_mapping, to_plain
 from encoder.base.units import counted
 from encoder.models.catalog import PRESETS, SYSTEMS, system_of
@@ -60,7 +61,9 @@ def new_config(
     """The settings of the model to be. Raises ConfigError."""
     where = str(run) if run else "the new model"
     if run:
-        model = read_mapping(run).get("model")
+        content = read_mapping(run)
+        refuse_other_kinds(content, "run", path=run)
+        model = content.get("model")
         if isinstance(model, dict):
             # what a run file leaves out follows the weights that it starts from, or the width
             followed = {name: getattr(old, name) for name in (*FOLLOWS, *old.PHASE_SETTINGS)}

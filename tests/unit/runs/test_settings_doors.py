@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import _parsed as prep_arguments
-from data_prep.config import PrepareConfig
+from data_prep.config import PrepareConfig, read_preparation
 from data_prep.other_words import OTHER_WORDS as PREP_WORDS
 from encoder.base.command import CommandLine
 from encoder.base.errors import ConfigError
@@ -21,9 +22,12 @@ from encoder.base.schema import (
     read_mapping,
     read_settings,
 )
+from encoder.finetune.config import read_task
+from encoder.finetune.sweeps.points import read_sweeps
 from encoder.runs.config import CheckpointConfig, RunConfig, read_run
 from encoder.runs.other_words import OTHER_WORDS
 from encoder.tools.cluster.submit import _parser as submit_parser
+from encoder.tools.embedding.config import read_embed
 
 ROOT = Path(__file__).resolve().parents[3]
 RUN = (ROOT / "tests" / "helpers" / "three_phases.yaml").read_text()
@@ -401,3 +405,23 @@ def test_every_argument_that_names_a_place_is_expanded(tmp_path, monkeypatch):
         submit_parser("").parse_args(["--prep", "$PLACE/p.yaml", "--export", "$PLACE/hf"]).export
         == f"{tmp_path}/hf"
     )
+
+
+KINDS = {
+    "pretrain/small.yaml": ("a pretraining run file", "tessera pretrain", read_run),
+    "finetune/imdb.yaml": ("a task file", "tessera finetune", read_task),
+    "finetune/sweeps/rte.yaml": ("a sweep file", "tessera sweep", lambda p: read_sweeps([p])),
+    "embed/boolq.yaml": ("an embedding file", "tessera embed", read_embed),
+    "prep/own_text.yaml": ("a preparation file", "data-prep prepare", read_preparation),
+}
+
+
+@pytest.mark.parametrize("given, needed", itertools.permutations(KINDS, 2))
+def test_a_file_of_another_kind_is_one_mistake_that_names_its_command(given, needed):
+    path = ROOT / "configs" / given
+    with pytest.raises(ConfigError) as caught:
+        KINDS[needed][2](path)
+    said = str(caught.value)
+    name, command, _ = KINDS[given]
+    assert said.startswith(f"{path} is {name}; needed: {KINDS[needed][0]}") and len(said) < 350
+    assert f"It is for: {command} {path}" in said or "One run alone: tessera finetune" in said
