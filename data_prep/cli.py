@@ -284,6 +284,7 @@ def _add_train(ways: _Commands) -> None:
         type=Path,
         help="take the sources of a settings file of prepare",
     )
+    train.add_argument("--text", metavar="COLUMN", help="of --files: the column of the text (text)")
     train.add_argument(
         "--kind",
         choices=("bpe", "wordpiece", "unigram"),
@@ -548,15 +549,13 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from data_prep.config import read_preparation
+    from data_prep.readers.cures import told_of_options
     from data_prep.tokenizer_training import TrainingConfig, sources_of, train_tokenizer
 
-    if args.config:
-        config = read_preparation(args.config)
-        sources = [*config.sources]
-        root = Path(config.root)
-    else:
-        sources = sources_of(args.files)
-        root = Path()
+    if args.config and args.text:
+        raise UserError(
+            "--text is for --files; a settings file says the text of each source. Leave it out."
+        )
     training = TrainingConfig(
         kind=args.kind,
         names=args.names,
@@ -565,7 +564,14 @@ def _train(args: argparse.Namespace) -> None:
         lowercase=args.lowercase,
         sample_mb=args.sample_mb,
     )
-    train_tokenizer(sources, root, args.out, training)
+    if args.config:
+        config = read_preparation(args.config)
+        train_tokenizer(config.sources, Path(config.root), args.out, training)
+        return
+    with told_of_options():
+        train_tokenizer(
+            sources_of(args.files, text=args.text or "text"), Path(), args.out, training
+        )
 
 
 def _modernbert(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ unigram      NFKC, single spaces, which are U+2581             ALBERT, XLNet
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from collections import Counter
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from data_prep.byte_level_words import ByteLevelCounter
 from data_prep.config import (
     ArrowSource,
+    ColumnSource,
     CsvSource,
     HubSource,
     JsonlSource,
@@ -33,6 +35,7 @@ from data_prep.long_texts import by_chars
 from data_prep.output import output
 from data_prep.readers import InputFile, Parsed, find_files, numbered, parse, read_blocks
 from data_prep.readers.blocks import without_skip
+from data_prep.readers.cures import OPTION_SOURCE
 from data_prep.readers.packed import PACKED_ENDINGS
 from data_prep.tokenization import text_hash
 from data_prep.tokenizer_files import SPECIALS, added_token, refuse_others, write_tokenizer_json
@@ -457,8 +460,12 @@ def _put_specials(
     content["post_processor"] = template(special.roles, ids, frame=special.frame, second=second)
 
 
-def sources_of(patterns: Sequence[str]) -> list[Source]:
-    """File names and globs as sources by their endings, those of packing left out; everything else as plain text."""
+def sources_of(patterns: Sequence[str], *, text: str = "text") -> list[Source]:
+    """File names and globs as sources by their endings, those of packing left out; everything else as plain text.
+
+    patterns: of files
+    text: the column of those that have columns
+    """
     kinds = {
         ".jsonl": JsonlSource,
         ".json": JsonlSource,
@@ -474,7 +481,10 @@ def sources_of(patterns: Sequence[str]) -> list[Source]:
         if path.suffix in PACKED_ENDINGS:
             bare = path.with_suffix("")
         kind = MdsSource if path.name == INDEX else kinds.get(bare.suffix, TextSource)
-        return kind(name=f"files_{index}", files=(pattern,))
+        made = kind(name=f"{OPTION_SOURCE}{index}", files=(pattern,))
+        if isinstance(made, ColumnSource):
+            return dataclasses.replace(made, text=text)
+        return made
 
     return [source(i, p) for i, p in enumerate(patterns)]
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -175,22 +174,21 @@ def _usual(args: argparse.Namespace) -> list[str]:
 
 def _read_texts(patterns: Sequence[str], column: str, most: int) -> list[str]:
     """The first texts of the files, in their order. Raises UserError."""
-    from data_prep.config import ColumnSource
     from data_prep.readers import find_files, numbered, parse, read_blocks
+    from data_prep.readers.cures import told_of_options
     from data_prep.tokenizer_training import sources_of
 
     found: list[str] = []
-    for source in sources_of(patterns):
-        if isinstance(source, ColumnSource):
-            source = dataclasses.replace(source, text=column)
-        for file in find_files(source, Path()):
-            for block in read_blocks(source, file):
-                parsed = parse(block)
-                if parsed.problem:
-                    raise ConfigError(parse(numbered(block, file)).problem)
-                found += parsed.texts
-                if len(found) >= most:
-                    return found[:most]
+    with told_of_options():
+        for source in sources_of(patterns, text=column):
+            for file in find_files(source, Path()):
+                for block in read_blocks(source, file):
+                    parsed = parse(block)
+                    if parsed.problem:
+                        raise ConfigError(parse(numbered(block, file)).problem)
+                    found += parsed.texts
+                    if len(found) >= most:
+                        return found[:most]
     return found
 
 
@@ -200,7 +198,8 @@ def _labelled(path: Path | None, text: str, label: str) -> LabelledTexts | None:
         return None
     from encoder.train.probe_scores import read_labelled
 
-    return read_labelled(path, text=text, label=label)
+    with _columns_are(("text", "label")):
+        return read_labelled(path, text=text, label=label)
 
 
 def _pairs(args: argparse.Namespace) -> SentencePairs | None:
@@ -213,7 +212,20 @@ def _pairs(args: argparse.Namespace) -> SentencePairs | None:
     from encoder.tools.evaluation.minimal_pairs import BAD, GOOD, read_pairs
 
     good, bad = args.good or GOOD, args.bad or BAD
-    return read_pairs(args.pairs, good=good, bad=bad, by=args.by)
+    with _columns_are(("good", "bad", "by")):
+        return read_pairs(args.pairs, good=good, bad=bad, by=args.by)
+
+
+@contextlib.contextmanager
+def _columns_are(options: Sequence[str]) -> Iterator[None]:
+    """A column that a file does not have is named by one of these options. Raises DataError."""
+    from encoder.data.labelled import NoColumn
+
+    try:
+        yield
+    except NoColumn as error:
+        named = ", ".join(f"--{option} COLUMN" for option in options)
+        raise NoColumn(f"{error} Name columns by {named}.") from error
 
 
 @contextlib.contextmanager

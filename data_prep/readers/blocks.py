@@ -13,6 +13,7 @@ from data_prep.config import Source
 from encoder.base.errors import UserError
 
 SKIP = "set on_error: skip"
+SET_TEXT = "Set the source's text"
 # of a line, row, item or file as it is read, where the settings say nothing else
 MOST_DOCUMENT_BYTES = 70_000_000
 READ_ERRORS = (OSError, EOFError, zlib.error)

@@ -17,6 +17,7 @@ import numpy as np
 from data_prep.config import CsvSource
 from data_prep.filters import ABSENT, Filter
 from data_prep.readers.blocks import (
+    SET_TEXT,
     SKIP,
     Block,
     Limits,
@@ -27,9 +28,9 @@ from data_prep.readers.blocks import (
     has_surrogates,
     readable,
 )
+from data_prep.readers.cures import nearest_column
 from data_prep.readers.files import InputFile
 from data_prep.readers.packed import ByteStream, opened
-from encoder.base.errors import nearest
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 READ_BYTES = 2**20  # records that lie whole in it are taken at once
@@ -122,7 +123,7 @@ class _Records:
                     f"Its first line holds {other!r}: set the source's delimiter to it."
                     if other
                     else (
-                        f"{nearest(column, names[:30])} Set the source's text or filters, or"
+                        f"{nearest_column(column, names)} {SET_TEXT} or filters, or"
                         " columns where no line names them."
                     )
                 )

@@ -20,6 +20,7 @@ import numpy as np
 
 from data_prep.config import MdsSource
 from data_prep.readers.blocks import (
+    SET_TEXT,
     Block,
     Limits,
     NotUtf8,
@@ -28,9 +29,10 @@ from data_prep.readers.blocks import (
     UntilBroken,
     readable,
 )
+from data_prep.readers.cures import nearest_column
 from data_prep.readers.files import InputFile, matches, name_below, size_of
 from data_prep.readers.packed import ByteStream, opened, packing_of
-from encoder.base.errors import ConfigError, nearest
+from encoder.base.errors import ConfigError
 from encoder.base.unpack import unpack
 from encoder.base.untrusted import INDEX_BYTES, inside, read_json
 from encoder.data.shard_format import INDEX
@@ -106,8 +108,8 @@ def _file_of(
         name = _top(column, shard)
         if name is None:
             raise ConfigError(
-                f"{index} has no column {column!r}. {nearest(column, sorted(shard.names))} "
-                "Set the source's text or filters."
+                f"{index} has no column {column!r}. {nearest_column(column, sorted(shard.names))}"
+                f" {SET_TEXT} or filters."
             )
         encoding = shard.encodings[shard.names.index(name)]
         if encoding not in _KNOWN or column == source.text and encoding not in ("str", "json"):

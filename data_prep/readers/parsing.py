@@ -11,12 +11,19 @@ import orjson
 
 from data_prep.config import ColumnSource, TextSource
 from data_prep.filters import ABSENT, WrongType, look_up, named
-from data_prep.readers.blocks import SKIP, Block, NotUtf8, Parsed, TooLarge, has_surrogates
+from data_prep.readers.blocks import (
+    SET_TEXT,
+    SKIP,
+    Block,
+    NotUtf8,
+    Parsed,
+    TooLarge,
+    has_surrogates,
+)
+from data_prep.readers.cures import dotted_names, holds, nearest_column
 from data_prep.readers.structure import fields_of
-from encoder.base.errors import nearest
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-SHOWN_KEYS = 12
 # a line of 70 MB can hold 20 million empty lists, each of which takes 64 bytes as an object of Python
 LARGE_LINE_BYTES, MOST_CONTAINERS = 2**22, 10**6
 LONG_CHARS = 2**20  # encoders look at such texts before they take them
@@ -64,10 +71,15 @@ def parse(block: Block) -> Parsed:
                 f"Repair it, or {SKIP}.",
             )
         elif text is ABSENT:
-            keys = nearest(source.text, sorted(row)[:SHOWN_KEYS]) if row else "The object is empty."
             result.leave_out(
                 "no text",
-                f"{place} has no {source.text!r}. {keys} Set the source's text, or on_error: skip.",
+                f"{place} has no {source.text!r}. {_instead(source, row, result)}, or {SKIP}.",
+            )
+        elif isinstance(text, dict) and not result.problem:
+            result.leave_out(
+                "no text",
+                f"{place}: {source.text!r} is {named(text)}; needed: text."
+                f" {holds(dotted_names(text, above=f'{source.text}.'))} {SET_TEXT}, or {SKIP}.",
             )
         else:
             result.leave_out(
@@ -75,6 +87,17 @@ def parse(block: Block) -> Parsed:
                 f"{place}: {source.text!r} is {named(text)}; needed: text. Repair it, or {SKIP}.",
             )
     return result
+
+
+def _instead(source: ColumnSource, row: Mapping[str, Any], result: Parsed) -> str:
+    """Which column may be meant, and where it is set; "" where another sentence is kept already."""
+    # under on_error: skip all documents of a file may be so, and names take time to compare
+    if result.problem:
+        return ""
+    keys = "The object is empty."
+    if row:
+        keys = nearest_column(source.text, dotted_names(row))
+    return f"{keys} {SET_TEXT}"
 
 
 def _leave_out_large(block: Block, large: TooLarge, result: Parsed) -> None:

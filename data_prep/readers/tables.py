@@ -14,6 +14,7 @@ import numpy as np
 
 from data_prep.config import ArrowSource, HubSource, ParquetSource
 from data_prep.readers.blocks import (
+    SET_TEXT,
     SKIP,
     Block,
     Limits,
@@ -24,9 +25,9 @@ from data_prep.readers.blocks import (
     opening,
     readable,
 )
+from data_prep.readers.cures import holds, nearest_column
 from data_prep.readers.files import InputFile
 from data_prep.readers.parquet_pages import DICTIONARY, pages_of
-from encoder.base.errors import nearest
 
 TableSource = ParquetSource | ArrowSource | HubSource
 TABLE_ROWS = 1024  # in one block, fewer when they are long
@@ -133,7 +134,7 @@ def _columns(source: ParquetSource | HubSource, file: InputFile, f: Any) -> list
     import pyarrow
 
     schema = f.schema_arrow
-    columns = list(dict.fromkeys(top(name, schema.names, file) for name in source.used_columns))
+    columns = list(dict.fromkeys(top(name, schema, file) for name in source.used_columns))
     # a file without rows may have columns of any type
     if f.metadata.num_rows:
         empty = pyarrow.schema([schema.field(name) for name in columns]).empty_table()
@@ -252,9 +253,9 @@ def _arrow_batches(
 
     data, is_file = pyarrow.py_buffer(memoryview(pages)), pages[:6] == ARROW_FILE
     open_it = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
-    names = open_it(data).schema.names
-    tops = [top(name, names, file) for name in source.used_columns]
-    chosen = sorted({names.index(name) for name in tops}) if compressed else []
+    schema = open_it(data).schema
+    tops = [top(name, schema, file) for name in source.used_columns]
+    chosen = sorted({schema.names.index(name) for name in tops}) if compressed else []
     reader = open_it(data, options=pyarrow.ipc.IpcReadOptions(included_fields=chosen))
     if is_file:
         for number in range(reader.num_record_batches):
@@ -480,15 +481,16 @@ def _column(table: Any, column: str, source: TableSource, file: InputFile) -> An
     import pyarrow
     import pyarrow.compute
 
-    found = top(column, table.column_names, file)
+    found = top(column, table.schema, file)
     array = table.column(found)
     # from the column down to the field that is named
     for name in column.split(".")[1:] if found != column else ():
         fields = [f.name for f in array.type] if pyarrow.types.is_struct(array.type) else []
         if name not in fields:
             raise ReadError(
-                f"{file.place} has no column {column!r}: nothing in {found!r} is named {name!r}. "
-                f"Set the source's text or filters, or {SKIP}."
+                f"{file.place} has no column {column!r}: nothing in {found!r} is named {name!r}."
+                f" {nearest_column(column, _dotted_names(table.schema))} {SET_TEXT} or filters, or"
+                f" {SKIP}."
             )
         array = pyarrow.compute.struct_field(array, name)
     # texts may be stored as numbers of a dictionary's entries
@@ -502,23 +504,45 @@ def _column(table: Any, column: str, source: TableSource, file: InputFile) -> An
         pyarrow.types.is_null,
     )
     if column == source.text and not any(is_kind(kind) for is_kind in words):
+        meant = ""
+        if pyarrow.types.is_struct(array.type):
+            meant = f" {holds(_dotted_names(array.type, above=f'{column}.'))}"
         raise ReadError(
-            f"{file.place}: column {column!r} is {kind}; needed: text. Set the source's text, or"
-            f" {SKIP}."
+            f"{file.place}: column {column!r} is {kind}; needed: text.{meant} {SET_TEXT}, or {SKIP}."
         )
     return array
 
 
-def top(column: str, names: list[str], file: InputFile) -> str:
-    """The column of a table that holds `column`: itself, or the a of a.b.c. Raises ReadError."""
+def _dotted_names(fields: Any, *, above: str = "") -> list[str]:
+    """As cures.dotted_names, of the fields of a schema or a structure."""
+    import pyarrow
+
+    found: list[str] = []
+    for field in sorted(fields, key=lambda field: field.name):
+        name = f"{above}{field.name}"
+        if pyarrow.types.is_struct(field.type) and field.type.num_fields:
+            found += _dotted_names(field.type, above=f"{name}.")
+        else:
+            found.append(name)
+    return found
+
+
+def top(column: str, schema: Any, file: InputFile) -> str:
+    """The column of a table that holds `column`: itself, or the a of a.b.c. Raises ReadError.
+
+    column: a name, dotted or not
+    schema: of the table
+    file: for messages
+    """
+    names = schema.names
     if column in names:
         found = column
     else:
         found = column.partition(".")[0]
     if found not in names:
         raise ReadError(
-            f"{file.place} has no column {column!r}. {nearest(column, sorted(names))} "
-            f"Set the source's text or filters, name files that have it, or {SKIP}."
+            f"{file.place} has no column {column!r}. {nearest_column(column, _dotted_names(schema))}"
+            f" {SET_TEXT} or filters, name files that have it, or {SKIP}."
         )
     if names.count(found) > 1:
         raise ReadError(

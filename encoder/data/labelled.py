@@ -30,6 +30,10 @@ class DataError(UserError):
     """A labelled file that cannot be used: its text names file and row."""
 
 
+class NoColumn(DataError):
+    """A labelled file without a column that was asked for; a command whose options name columns says which."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rows:
     """Some columns of a file. N rows."""
@@ -131,7 +135,7 @@ def _json_lines(path: Path, columns: Sequence[str], optional: re.Pattern[str]) -
                 raise DataError(f"{place} is no object; needed: one of {', '.join(columns)}.")
             for name in columns:
                 if name not in row:
-                    raise DataError(f"{place} has no {name}. {nearest(name, [*map(str, row)])}")
+                    raise NoColumn(f"{place} has no {name}. {nearest(name, [*map(str, row)])}")
                 found[name].append(row[name])
             for name in filter(optional.fullmatch, row):
                 more.setdefault(name, {})[len(numbers)] = row[name]
@@ -180,7 +184,7 @@ def _with_optional(
 def _places(path: Path, header: list[str], columns: Sequence[str]) -> dict[str, int]:
     for name in columns:
         if name not in header:
-            raise DataError(f"{path} has no column {name}. {_other_separator(header, name)}")
+            raise NoColumn(f"{path} has no column {name}. {_other_separator(header, name)}")
         _refuse_twice(path, header, name)
     return {name: header.index(name) for name in columns}
 
@@ -250,7 +254,7 @@ def _table(
         names = _with_optional(columns, optional, table.column_names)
         for name in names:
             if name not in table.column_names:
-                raise DataError(f"{path} has no column {name}. {nearest(name, table.column_names)}")
+                raise NoColumn(f"{path} has no column {name}. {nearest(name, table.column_names)}")
             _refuse_twice(path, table.column_names, name)
         found = {name: table.column(name).to_pylist() for name in names}
     except (pyarrow.ArrowException, OSError, ValueError) as error:

@@ -65,6 +65,82 @@ def test_a_bad_line_is_named_with_file_and_number_and_can_be_skipped(
     assert counts["documents_read"] == 21 and counts["left_out"] == {"empty": 1, reason: 1}
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("body.txt", "line 1 has no 'body.txt'. Did you mean body.text? Set the source's text"),
+        ("text", "line 1 has no 'text'. Did you mean body.text?"),
+        ("zzz", "Known: body.author.name, body.text, id."),
+        ("body", "'body' is an object; needed: text. It holds body.author.name, body.text. Set"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow"])
+def test_a_dotted_column_is_looked_for_inside_of_objects(tmp_path, capsys, kind, wrong, said):
+    row = {"body": {"author": {"name": "x"}, "text": "a good text"}, "id": 1}
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        path.write_text(json.dumps(row) + "\n")
+    else:
+        table = pyarrow.Table.from_pylist([row])
+        with pyarrow.ipc.new_file(tmp_path / "a.arrow", table.schema) as file:
+            file.write_table(table)
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        # a table says once for all rows what it lacks, and names types
+        said = said.replace("line 1 has no", "a." + kind + " has no column").split(" Set")[0]
+        said = said.replace("'body.txt'.", "'body.txt': nothing in 'body' is named 'txt'.")
+        said = said.removeprefix("'body' is an object; ")
+    source = {"name": "a", "format": kind, "files": [path.name], "text": wrong}
+    err = refused(capsys, "prepare", settings(tmp_path, [source]))
+    assert said in err and "on_error: skip" in err, err
+
+
+_TEXT = b'{"text": "a"}\n'
+OPTION_FILES = {
+    "column.csv": (b"sentence,label\nx,1\n", "Known: sentence, label. Name it: --text COLUMN."),
+    "column.jsonl": (b'{"body": "x"}\n', "line 1 has no 'text'. Known: body. Name it: --text"),
+    "parted.csv": (b"n;text\n1;x\n", "save it with commas as .csv, or with tabs as .tsv"),
+    "open.csv": (b'text\n"x\n', "a quote is opened and never closed. Close it."),
+    "array.json": (
+        b'[{"text": "a"}]',
+        "it is read as jsonl. Write one object a line (jq -c '.[]')",
+    ),
+    "json.csv": (_TEXT, "is JSON; it is read as csv. Give it the ending .jsonl."),
+    "packed.txt": (b"PAR1" + bytes(99), "it is read as text. Give it the ending .parquet."),
+    "long.jsonl": (b'"' + b"x" * 70_000_001, "needed: at most 70,000,000. Leave it out."),
+    "bad.txt": (b"\xff\n" * 9, "is not UTF-8"),
+}
+OF_SETTINGS = (
+    "on_error",
+    "the source's",
+    "source says",
+    "format:",
+    "filters",
+    "source files",
+    "max_document",
+    "quotes:",
+)
+
+
+@pytest.mark.parametrize("name", OPTION_FILES)
+def test_files_of_options_are_told_what_options_can_do(tmp_path, capsys, name):
+    content, said = OPTION_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    command = ("tokenizer", "train", "--files", tmp_path / name, "--out", tmp_path / "t.json")
+    err = refused(capsys, *command)
+    assert said in err and not any(word in err for word in OF_SETTINGS), err
+
+
+def test_the_column_of_files_is_an_option_of_the_tokenizer(tmp_path, capsys):
+    documents = [{"body": {"text": text}} for text in texts(200)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents))
+    train = ("tokenizer", "train", "--vocab-size", 300, "--out", tmp_path / "t.json")
+    assert run(*train, "--files", tmp_path / "a.jsonl", "--text", "body.text") == 0
+    err = refused(capsys, *train, "--config", settings(tmp_path), "--text", "body.text")
+    assert "--text is for --files" in err
+    err = refused(capsys, *train, "--files", tmp_path / "b.jsonl")
+    assert f"error: {tmp_path / 'b.jsonl'} does not exist. Did you mean a.jsonl?" in err
+
+
 def test_the_first_bad_line_is_named_also_by_several_processes_of_several_segments(
     tmp_path, capsys, monkeypatch
 ):

@@ -330,6 +330,9 @@ def test_an_untrained_twin_has_the_weights_that_its_seed_draws(place, tmp_path):
         (["--measures", "los", "--texts", "x"], "no measure 'los'"),
         (["--measures", "health"], "health needs texts"),
         (["--train", "absent.jsonl"], "absent.jsonl"),
+        (["--texts", "lab.csv"], "Known: sentence, label. Name it: --text COLUMN. Or leave"),
+        (["--train", "lab.csv"], "Name columns by --text COLUMN, --label COLUMN."),
+        (["--pairs", "lab.csv"], "Name columns by --good COLUMN, --bad COLUMN, --by COLUMN."),
         (["{model}", "--texts", "x"], "two models are called"),
     ],
 )
@@ -337,6 +340,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     place, tmp_path, monkeypatch, capsys, words, said
 ):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "lab.csv").write_text("sentence,label\nx,1\n")
     model = str(place / "hf")
     words = [model, *[w.format(model=model) for w in words], "--out", "out"]
     assert command.main(words) == 2
