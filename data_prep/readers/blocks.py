@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_prep.config import Source
-from encoder.base.errors import UserError
+from encoder.base.errors import UserError, why_unreadable
 
 SKIP = "set on_error: skip"
 SET_TEXT = "Set the source's text"
@@ -168,6 +168,8 @@ def readable(
     except UserError:
         raise
     except errors as error:
+        if isinstance(error, PermissionError):
+            raise ReadError(f"{place()}: {why_unreadable(error)}") from error
         why = (
             getattr(error, "strerror", None)
             or " ".join(str(error).split())[:200].rstrip(".")

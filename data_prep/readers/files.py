@@ -24,7 +24,7 @@ from data_prep.config import (
 from data_prep.readers.blocks import SKIP, ReadError
 from data_prep.readers.kinds import Kind, Packing, kind_of, shape_of
 from data_prep.readers.packed import head_of, inner_head, packing_of
-from encoder.base.errors import ConfigError, nearest
+from encoder.base.errors import ConfigError, nearest, why_unreadable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def check_kind(source: Source, file: InputFile) -> None:
         if kind.packing:
             head = inner_head(file.path, kind.packing, zstd_window_bytes=source.zstd_window_bytes)
     except OSError as error:
-        raise ReadError(f"{file.place} cannot be read: {error.strerror or error}.") from error
+        raise ReadError(f"{file.place} cannot be read: {why_unreadable(error)}") from error
     except EOFError:
         return  # reported where it is read
     if not head:
@@ -235,7 +235,7 @@ def size_of(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise ReadError(f"{path} cannot be read: {error.strerror}.") from error
+        raise ReadError(f"{path} cannot be read: {why_unreadable(error)}") from error
 
 
 def name_below(root: Path, path: Path) -> str:
@@ -261,5 +261,5 @@ def fingerprint(path: Path, *, stretch_bytes: int = 2**16, stretches: int = 16) 
                     f.seek(i * (size - stretch_bytes) // (stretches - 1))
                     digest.update(f.read(stretch_bytes))
     except OSError as error:
-        raise ReadError(f"{path} cannot be read: {error.strerror}.") from error
+        raise ReadError(f"{path} cannot be read: {why_unreadable(error)}") from error
     return digest.hexdigest()

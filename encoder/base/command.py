@@ -13,7 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from encoder.base.errors import ConfigError, UserError, nearest
+from encoder.base.errors import (
+    ConfigError,
+    UserError,
+    nearest,
+    why_unreadable,
+)
 from encoder.base.log import (
     flush_output,
     let_go,
@@ -197,7 +202,19 @@ def as_user_error(error: UserError | OSError) -> UserError:
     place = ""
     if error.filename:
         place = f"{os.fspath(error.filename)}: "
+    if isinstance(error, PermissionError) and _may_not_be_read(error.filename):
+        return UserError(f"{place}{why_unreadable(error)}")
     return UserError(
         f"{place}{error.strerror or error}. "
         "Needed: a place that can be read and written, with room. Mend it, or name another."
     )
+
+
+def _may_not_be_read(name: Any) -> bool:
+    """Whether what is there may not be read, or not be looked at: most likely an input."""
+    if not isinstance(name, (str, bytes, os.PathLike)):
+        return False
+    if os.path.lexists(name):
+        return not os.access(name, os.R_OK)
+    # a folder that may not be entered hides what is in it
+    return not os.access(os.path.dirname(os.fspath(name)) or os.curdir, os.X_OK)

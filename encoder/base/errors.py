@@ -71,6 +71,17 @@ def as_rank_says(error: UserError, *, rank: int) -> UserError:
     return RankError(f"rank {rank}: {error}")
 
 
+RIGHTS = "Needed: rights to read it. Give them (chmod u+r), or name another."
+
+
+def why_unreadable(error: OSError) -> str:
+    """The end of a sentence about a file that cannot be read: the system's reason, and a cure where it is one of rights."""
+    reason = f"{error.strerror or error}."
+    if isinstance(error, PermissionError):
+        reason += f" {RIGHTS}"
+    return reason
+
+
 def nearest(word: str, choices: list[str]) -> str:
     """' Did you mean x?' for a misspelt word, else the choices: the end of an error's sentence. Another number is no
     misspelling: fp16 is not fp64."""

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from encoder.base.errors import UserError
+from encoder.base.errors import UserError, why_unreadable
 
 # the largest tokenizer.json in use (vocabulary 262,144) has 34 MB; an index has 0.7 KB a shard
 MOST_BYTES = 2**26
@@ -70,12 +70,10 @@ def open_regular(path: Path | str, *, error: type[UserError] = UserError) -> IO[
     try:
         return regular_file(path)
     except OSError as why:
-        reason = (
-            "it is a socket or a device; needed: a file"
-            if why.errno == errno.ENXIO
-            else why.strerror or why
-        )
-        raise error(f"{path} cannot be read: {reason}.") from why
+        reason = why_unreadable(why)
+        if why.errno == errno.ENXIO:
+            reason = "it is a socket or a device; needed: a file."
+        raise error(f"{path} cannot be read: {reason}") from why
     except ValueError as why:  # a NUL, or a character that no name of a file can hold
         raise error(f"{ascii(str(path))} cannot be read: no file has such a name ({why}).") from why
 

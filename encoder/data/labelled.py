@@ -23,7 +23,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from encoder.base.errors import UserError, nearest
+from encoder.base.errors import UserError, nearest, why_unreadable
 
 
 class DataError(UserError):
@@ -258,6 +258,8 @@ def _table(
             _refuse_twice(path, table.column_names, name)
         found = {name: table.column(name).to_pylist() for name in names}
     except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, PermissionError):
+            raise DataError(f"{path} cannot be read: {why_unreadable(error)}") from error
         why = " ".join(str(error).split())[:200]
         raise DataError(f"{path} cannot be read: {why}. Copy or write the file again.") from error
     return Rows(path=path, columns=found, word="row", numbers=list(range(1, table.num_rows + 1)))

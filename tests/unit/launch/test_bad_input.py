@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from encoder.base.command import as_user_error
 from encoder.base.files import write_json
 from encoder.data.shard_format import CARD
 from launch import export_hf, fill_mask, import_hf, plan, pretrain, report
+from tests.helpers.denied import denied
 from tests.helpers.shards import random_documents, write_source
 
 RUN = """
@@ -228,3 +230,13 @@ def test_an_import_takes_a_flexbert_file_with_a_tokenizer(tmp_path, capsys):
     assert "is not empty and holds no origin.json" in refused(
         capsys, import_hf, tmp_path / "a.pt", tmp_path, "--global-rope-theta", 1e4, "--heads", 2
     )
+
+
+def test_an_input_without_rights_is_told_apart_from_a_place_to_write(tmp_path, monkeypatch):
+    path = tmp_path / "lab.csv"
+    path.write_text("text\nx\n")
+    denied(monkeypatch, path)
+    said = str(as_user_error(PermissionError(13, "Permission denied", str(path))))
+    assert said.startswith(f"{path}: Permission denied. Needed: rights to read it.")
+    absent = PermissionError(13, "Permission denied", str(tmp_path / "new.yaml"))
+    assert "can be read and written" in str(as_user_error(absent))

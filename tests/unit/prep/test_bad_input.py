@@ -17,6 +17,7 @@ import pytest
 from data_prep import cli, environment_corpus, readers
 from data_prep.config import JsonlSource
 from encoder.data.shard_format import read_card
+from tests.helpers.denied import denied
 from tests.helpers.prep import bytes_of, run, settings, texts, write_jsonl
 
 GOOD = json.dumps({"text": "a good line of text"}).encode() + b"\n"
@@ -63,6 +64,19 @@ def test_a_bad_line_is_named_with_file_and_number_and_can_be_skipped(
     assert run("prepare", config, "on_error=skip") == 0
     counts = read_card(tmp_path / "shards/a/train").recipe["counts"]
     assert counts["documents_read"] == 21 and counts["left_out"] == {"empty": 1, reason: 1}
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_file_without_rights_stops_however_errors_are_taken(
+    tmp_path, capsys, monkeypatch, on_error
+):
+    path = write_jsonl(tmp_path / "a.jsonl", texts(20))
+    denied(monkeypatch, path)
+    err = refused(capsys, "prepare", settings(tmp_path), f"on_error={on_error}")
+    assert err == (
+        f"error: {path} cannot be read: Permission denied. Needed: rights to read it. Give them"
+        " (chmod u+r), or name another.\n"
+    )
 
 
 @pytest.mark.parametrize(
