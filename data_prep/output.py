@@ -48,9 +48,8 @@ def output(folder: Path, names: Sequence[str]) -> Iterator[None]:
             with contextlib.suppress(OSError):  # never made, or others write to it, too
                 place.rmdir()
         if isinstance(error, OSError):
-            # write_atomic's own file beside it: a name that means nothing to a person
-            hidden = not error.filename or str(error.filename).endswith(".part")
-            place = (folder / names[0] if len(names) == 1 else folder) if hidden else error.filename
+            # a full disk has no name
+            place = error.filename or (folder / names[0] if len(names) == 1 else folder)
             raise UserError(
                 f"{place}: {error.strerror or error}. Make room, or name another place."
             ) from error

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from data_prep.sentences import splitter_name
 from data_prep.tokenization import EncoderName, check_tokenizer_path, choose_encoder
 from data_prep.worker import Done, EncodeJob, SegmentJob, SegmentPool
 from encoder.base.errors import ConfigError, ShardError, UserError, nearest
+from encoder.base.files import is_hidden
 from encoder.base.log import say, warn_once
 from encoder.base.tokenizer_json import special_ids_of
 from encoder.base.units import short_count
@@ -420,9 +422,19 @@ def _disk_errors(out: Path) -> Iterator[None]:
                 " command: what is finished is kept."
             ) from error
         raise UserError(
-            f"{error.filename or out}: {error.strerror or error}. "
-            "Check the folder out and its rights."
+            f"{_place_of(error, out)}: {error.strerror or error}. Needed: a folder that may be"
+            " written to. Change its rights, or set another out."
         ) from error
+
+
+def _place_of(error: OSError, out: Path) -> Path:
+    """Where it happened; `out` for what is hidden in it, whose name means nothing to a person."""
+    if not error.filename:
+        return out
+    place = Path(os.fsdecode(error.filename))
+    if place.is_relative_to(out) and is_hidden(place, below=out):
+        return out
+    return place
 
 
 def _names_of_files(segment: Segment) -> set[str]:

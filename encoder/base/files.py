@@ -36,21 +36,38 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         # a name of a file that is not UTF-8 is written as JSON and YAML escape it: \udcff
         content = content.encode("utf-8", "backslashreplace")
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            # of a killed process of this number, or a link that somebody laid
-            beside.unlink()
-        with open(beside, "xb") as f:
-            # exclusive: never through a link. Durable before it takes the name
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):  # a read-only disk would hide the first error
-            beside.unlink()
-        raise
+    with _named_as_asked(beside, path):
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                # of a killed process of this number, or a link that somebody laid
+                beside.unlink()
+            with open(beside, "xb") as f:
+                # exclusive: never through a link. Durable before it takes the name
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(beside, path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # a read-only disk would hide the first error
+                beside.unlink()
+            raise
     fsync_path(path.parent)
+
+
+@contextlib.contextmanager
+def _named_as_asked(beside: Path, path: Path) -> Iterator[None]:
+    """An error about a hidden name names what was asked for.
+
+    beside: the hidden file or folder
+    path: the name that it is to take
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and os.fspath(error.filename) == os.fspath(beside):
+            error.filename = os.fspath(path)
+            error.filename2 = None
+        raise
 
 
 def open_to_append(path: Path) -> IO[str]:
@@ -156,7 +173,8 @@ def atomic_folder(out: Path, *, mark: str, ours: Collection[str] | None = None) 
     )
 
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
+    with _named_as_asked(part, out):
+        part.mkdir()
     try:
         yield part
 

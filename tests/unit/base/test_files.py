@@ -7,7 +7,7 @@ import os
 import pytest
 
 from encoder.base import files
-from encoder.base.files import atomic_folder
+from encoder.base.files import atomic_folder, write_atomic, write_json
 
 
 def written(out, content: str) -> None:
@@ -58,3 +58,35 @@ def test_what_a_living_process_or_another_host_writes_beside_is_left_alone(tmp_p
         folder.mkdir()
     written(tmp_path / "out", "1")
     assert sorted(tmp_path.iterdir()) == sorted([*alive, tmp_path / "out"])
+
+
+@pytest.mark.parametrize("way", ["open", "replace"])
+def test_an_error_names_the_file_that_was_asked_for(tmp_path, monkeypatch, way):
+    def refusing(*names, **_):
+        raise PermissionError(13, "Permission denied", str(names[0]))
+
+    if way == "open":
+        monkeypatch.setattr("builtins.open", refusing)
+    else:
+        # as os.replace does, with the name that it gives as well
+        def replace(old, new):
+            raise PermissionError(13, "Permission denied", str(old), None, str(new))
+
+        monkeypatch.setattr(os, "replace", replace)
+    for write, content in ((write_atomic, "x"), (write_json, {})):
+        with pytest.raises(PermissionError) as caught:
+            write(tmp_path / "a.yaml", content)
+        assert caught.value.filename == str(tmp_path / "a.yaml")
+        assert ".part" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_names_the_folder_that_was_asked_for(tmp_path, monkeypatch):
+    def refusing(path, *_, **options):
+        if not options.get("exist_ok"):
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", refusing)
+    with pytest.raises(PermissionError) as caught, atomic_folder(tmp_path / "out", mark="m"):
+        pass
+    assert caught.value.filename == str(tmp_path / "out")
