@@ -23,7 +23,7 @@ import numpy as np
 from data_prep.long_texts import TooLong, batches, cuts_of, parts_of
 from data_prep.words import WordEncoder
 from encoder.base.errors import ConfigError, ShardError
-from encoder.base.files import native_path
+from encoder.base.files import meant_beside, native_path
 from encoder.base.hub import fetch_tokenizer, parse_hub_name
 from encoder.base.log import warn_once
 from encoder.base.tokenizer_json import SpecialIds
@@ -323,6 +323,7 @@ def check_tokenizer_path(path: Path) -> Path:
         raise ConfigError(
             f"tokenizer {path} does not exist. Make it: data-prep tokenizer modernbert --out"
             f" {path}, or data-prep tokenizer train --files YOUR_FILES --out {path}."
+            f"{meant_beside(path, endings=('.json',))}"
         )
     return path
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from data_prep.output import output
 from data_prep.tokenization import TextEncoder
 from encoder.base.errors import ConfigError, ShardError, UserError
-from encoder.base.files import refuse_foreign, write_atomic
+from encoder.base.files import meant_beside, refuse_foreign, write_atomic
 from encoder.base.hub import fetch_tokenizer, parse_hub_name
 from encoder.base.log import say
 from encoder.base.tokenizer_json import (
@@ -142,10 +142,12 @@ def _tokenizer_of(given: Path) -> Path:
             f"{given} has {', '.join(others)}, but no {TOKENIZER}. Write it once with transformers:"
             f" AutoTokenizer.from_pretrained({str(given)!r}).save_pretrained({str(given)!r})."
         )
-    what = "does not exist"
+    what, meant = "does not exist", ""
     if path.is_dir():
         what = "is a folder"
-    raise ConfigError(f"{path} {what}; needed: a {TOKENIZER}, or the folder of one.")
+    elif not given.is_dir():
+        meant = meant_beside(given, folders=True) or meant_beside(given, endings=(".json",))
+    raise ConfigError(f"{path} {what}; needed: a {TOKENIZER}, or the folder of one.{meant}")
 
 
 def _roles_beside(path: Path) -> dict[str, str]:

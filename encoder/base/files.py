@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -13,9 +14,10 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from encoder.base.errors import UserError
+from encoder.base.errors import UserError, nearest
 from encoder.base.untrusted import regular_file
 
+MOST_BESIDE = 1000  # names of a folder that are compared with one that is not there
 _HOST = socket.gethostname()  # a pid is one of its host's alone
 _LEFTOVER = re.compile(r"\..+\.(part|old)")
 
@@ -28,6 +30,38 @@ def is_leftover(name: str) -> bool:
 def is_hidden(path: Path, *, below: Path) -> bool:
     """Whether a file lies in a hidden folder below `below`, where half-made things are, or is hidden itself."""
     return any(part.startswith(".") for part in path.relative_to(below).parts)
+
+
+def meant_beside(path: Path, *, folders: bool = False, endings: Collection[str] = ()) -> str:
+    """' Did you mean runs/own?' for a path that is not there, and is another but for one misspelt name; else "".
+
+    path: that is not there
+    folders: whether folders are meant, else files
+    endings: of the files that can be meant; none: all
+    """
+    # the outermost name that is not there, and what is to follow it
+    behind: list[str] = []
+    while not path.parent.exists():
+        behind.insert(0, path.name)
+        path = path.parent
+    folders = folders or bool(behind)
+    try:
+        # the names of a large folder are not all looked at
+        beside = [
+            place.name
+            for place in itertools.islice(path.parent.iterdir(), MOST_BESIDE)
+            if place.is_dir() == folders
+            and not place.name.startswith(".")
+            and (folders or not endings or place.suffix.lower() in endings)
+        ]
+    except OSError:
+        return ""
+    hint = nearest(path.name, sorted(beside))
+    if not hint.startswith("Did you mean "):
+        return ""
+    name = hint.removeprefix("Did you mean ").removesuffix("?")
+    meant = path.with_name(name).joinpath(*behind)
+    return f" Did you mean {meant}?" if meant.exists() else ""
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import numpy as np
 
 from encoder.base.errors import ConfigError, ShardError
-from encoder.base.files import is_hidden, sha256_of, write_atomic, write_json
+from encoder.base.files import is_hidden, meant_beside, sha256_of, write_atomic, write_json
 from encoder.base.schema import from_mapping, to_plain
 from encoder.base.tokenizer_json import SpecialIds
 from encoder.base.untrusted import INDEX_BYTES, plain_name, read_bytes, read_json
@@ -238,6 +238,7 @@ def read_card(folder: Path) -> Card:
     if not folder.is_dir():
         raise ShardError(
             f"{folder} does not exist; needed: a folder of shards. Make it with data-prep prepare."
+            f"{meant_beside(folder, folders=True)}"
         )
     if not path.is_file():
         if (folder / INDEX).is_file():

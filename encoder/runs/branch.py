@@ -17,6 +17,7 @@ from typing import Any
 from encoder.base.agreement import all_ranks_agree
 from encoder.base.dist import World
 from encoder.base.errors import CheckpointError, ConfigError
+from encoder.base.files import meant_beside
 from encoder.base.units import Progress, short_count
 from encoder.data.shard_format import TOKENIZER
 from encoder.engine.checkpoint.folder import COMMITTED, damage
@@ -68,10 +69,13 @@ def find_parent(run: RunConfig, world: World, *, facts: DataFacts | None = None)
     path = Path(run.branch_from)
     is_checkpoint = (path / COMMITTED).is_file()
     if not is_checkpoint and not (path / CHECKPOINTS).is_dir():
-        found = "is no checkpoint and no run folder" if path.is_dir() else "does not exist"
+        found, meant = "is no checkpoint and no run folder", ""
+        if not path.is_dir():
+            found = "does not exist"
+            meant = meant_beside(path, folders=True)
         raise CheckpointError(
             f"branch_from {path} {found}; needed: a run folder or one of its checkpoints, whose"
-            " optimizer state the run goes on with. Weights alone: init_from."
+            f" optimizer state the run goes on with. Weights alone: init_from.{meant}"
         )
     checkpoint: Path | None = path
     if not is_checkpoint:

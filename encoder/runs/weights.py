@@ -7,6 +7,7 @@ from pathlib import Path
 
 from encoder.base.command import as_typed
 from encoder.base.errors import CheckpointError, ModelError
+from encoder.base.files import meant_beside
 from encoder.base.hub import HubName, fetch_model, parse_hub_name
 from encoder.base.schema import from_mapping, read_mapping
 from encoder.base.tokenizer_json import SpecialIds
@@ -109,8 +110,11 @@ def read_saved_run(path: Path) -> RunConfig:
 
 def _check_is_folder(path: Path) -> None:
     if not path.is_dir():
-        found = "is a file" if path.exists() else "does not exist"
-        raise ModelError(f"{path} {found}; needed: {_KINDS}.")
+        found, meant = "is a file", ""
+        if not path.exists():
+            found = "does not exist"
+            meant = meant_beside(path, folders=True)
+        raise ModelError(f"{path} {found}; needed: {_KINDS}.{meant}")
 
 
 def _newest_folder(path: Path) -> Path | None:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from encoder.base.errors import CheckpointError, ModelError
+from encoder.base.files import meant_beside
 from encoder.engine.checkpoint.folder import COMMITTED, damage
 from encoder.engine.checkpoint.read import newest_checkpoint
 from encoder.engine.checkpoint.tensors import StretchReader
@@ -97,9 +98,12 @@ def _newest_of(path: Path) -> Path:
 
 def _checked(checkpoint: Path) -> StoredModel:
     if not (checkpoint / COMMITTED).is_file():
-        found = "is no committed checkpoint" if checkpoint.is_dir() else "does not exist"
+        found, meant = "is no committed checkpoint", ""
+        if not checkpoint.is_dir():
+            found = "does not exist"
+            meant = meant_beside(checkpoint, folders=True)
         raise CheckpointError(
-            f"{checkpoint} {found}; needed: folders of RUN/checkpoints, or a run folder."
+            f"{checkpoint} {found}; needed: folders of RUN/checkpoints, or a run folder.{meant}"
         )
     if problem := damage(checkpoint):
         raise CheckpointError(f"{problem} Use another checkpoint.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from encoder.base.errors import ModelError
+from encoder.base.files import meant_beside
 from encoder.base.hub import fetch_model, fetch_tokenizer, parse_hub_name
 from encoder.models.hf.composer import read_composer
 from encoder.models.hf.parity import Proof
@@ -40,7 +41,7 @@ def import_model(
     if name is None and not source.exists():
         raise ModelError(
             f"{source} does not exist; needed: a Hugging Face folder, ORG/NAME on its hub, or a "
-            ".pt file."
+            f".pt file.{meant_beside(source, folders=True)}"
         )
     folder = source
     if name:

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from encoder.base import files
-from encoder.base.files import atomic_folder, write_atomic, write_json
+from encoder.base.files import atomic_folder, meant_beside, write_atomic, write_json
 
 
 def written(out, content: str) -> None:
@@ -90,3 +90,29 @@ def test_an_error_names_the_folder_that_was_asked_for(tmp_path, monkeypatch):
     with pytest.raises(PermissionError) as caught, atomic_folder(tmp_path / "out", mark="m"):
         pass
     assert caught.value.filename == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("labs.csv", " Did you mean {}/lab.csv?"),
+        ("lab.csvs", " Did you mean {}/lab.csv?"),
+        ("rums", ""),
+        ("rums/own/x.csv", " Did you mean {}/runs/own/x.csv?"),
+        ("rums/other/x.csv", ""),
+        ("zzz.csv", ""),
+    ],
+)
+def test_a_misspelt_name_of_a_path_is_told_with_the_path_that_is_there(tmp_path, asked, meant):
+    (tmp_path / "runs" / "own").mkdir(parents=True)
+    for name in ("lab.csv", "labs.md", "runs/own/x.csv"):
+        (tmp_path / name).touch()
+    assert meant_beside(tmp_path / asked, endings=(".csv",)) == meant.format(tmp_path)
+
+
+def test_a_folder_is_not_meant_by_a_file_nor_by_a_hidden_name(tmp_path):
+    (tmp_path / "own").touch()
+    (tmp_path / ".own4").mkdir()
+    assert meant_beside(tmp_path / "own3", folders=True) == ""
+    (tmp_path / "own2x").mkdir()
+    assert meant_beside(tmp_path / "own2", folders=True) == f" Did you mean {tmp_path}/own2x?"
