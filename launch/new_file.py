@@ -22,6 +22,7 @@ from encoder.base.command import CommandLine, as_typed, run_command
 from encoder.base.errors import ConfigError, nearest
 from encoder.base.files import write_atomic
 from encoder.base.home import home
+from encoder.base.paths import expand_path
 from encoder.base.schema import parse_yaml
 
 # run files of published models, by their presets (docs/families.md)
@@ -238,9 +239,21 @@ def with_data(text: str, folders: Sequence[str], *, of: str) -> str:
             f"{of} has other shards in other phases, so one --data would not do. Leave it out, and"
             " edit the paths."
         )
+    for folder in folders:
+        _refuse_folder_above(expand_path(Path(folder)))
     # prepared sources have `held_out` beside `train`
     held_out = [str(Path(f).parent / "held_out") if Path(f).name == "train" else f for f in folders]
     return _replace_items(_replace_items(text, "data", folders), "evaluation", held_out)
+
+
+def _refuse_folder_above(folder: Path) -> None:
+    """A folder that is not there may be made later; one above shard folders never becomes one. Raises ShardError."""
+    if folder.is_dir():
+        # imported here: it takes numpy
+        from encoder.data.shard_format import read_card, shards_meant
+
+        if shards_meant(folder):
+            read_card(folder)
 
 
 def with_published(text: str, words: Sequence[str], *, model: str) -> str:

@@ -238,7 +238,7 @@ def read_card(folder: Path) -> Card:
     if not folder.is_dir():
         raise ShardError(
             f"{folder} does not exist; needed: a folder of shards. Make it with data-prep prepare."
-            f"{meant_beside(folder, folders=True)}"
+            f"{shards_meant(folder)}"
         )
     if not path.is_file():
         if (folder / INDEX).is_file():
@@ -248,11 +248,8 @@ def read_card(folder: Path) -> Card:
                 " FILE."
             )
 
-        # perhaps a folder above was named
-        hint = "Make shards with data-prep prepare."
-        if below := _shard_folders_below(folder):
-            hint = f"Did you mean {below[0]}?"
-        raise ShardError(f"{folder} holds no shards ({CARD} is missing). {hint}")
+        hint = shards_meant(folder) or " Make shards with data-prep prepare."
+        raise ShardError(f"{folder} holds no shards ({CARD} is missing).{hint}")
 
     again = "Make the shards again with data-prep prepare CONFIG --again."
     try:
@@ -268,6 +265,14 @@ def read_card(folder: Path) -> Card:
         return from_mapping(Card, content)
     except ConfigError as error:
         raise ShardError(f"{path} cannot be read: {str(error).rstrip('.')}. {again}") from error
+
+
+def shards_meant(folder: Path) -> str:
+    """' Did you mean shards/web/train?' for a folder above shards, or one that is misspelt; else ""."""
+    if not folder.is_dir():
+        return meant_beside(folder, folders=True)
+    below = [] if (folder / CARD).is_file() else _shard_folders_below(folder)
+    return f" Did you mean {below[0]}?" if below else ""
 
 
 def _shard_folders_below(folder: Path) -> list[Path]:

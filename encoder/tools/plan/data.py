@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from encoder.base.errors import ShardError
 from encoder.base.units import short_count
 from encoder.data.loader import check_fits
-from encoder.data.shard_format import INDEX, Card, read_card
+from encoder.data.shard_format import INDEX, Card, read_card, shards_meant
 from encoder.data.shards import read_samples_per_shard
 from encoder.runs.config import RunConfig, SourceConfig
 from encoder.runs.epochs import count_repeats, many_epochs_text, repeats_text
@@ -31,7 +31,7 @@ def data_lines(run: RunConfig) -> list[str]:
         "sentences": ", of blocks of whole sentences of running text",
     }
     lines = [f"rows of {run.data.row_tokens:,} tokens{joined[run.data.join]}"]
-    missing: dict[str, str] = {}
+    missing: dict[str, tuple[str, str]] = {}
     for sources, phases in mixtures.items():
         total = sum(source.weight for source in sources)
         parts = []
@@ -41,7 +41,9 @@ def data_lines(run: RunConfig) -> list[str]:
                 card = read_card(source.folder)
             except ShardError:
                 parts.append(f"{source.name or source.path} {share}")
-                missing[source.path] = "fetched" if source.cache else "prepared"
+                missing[source.path] = ("fetched", "")
+                if not source.cache:
+                    missing[source.path] = ("prepared", shards_meant(source.folder))
                 continue
             check_fits(card, vocab_size=run.model.vocab_size, where=source.path)
             tokens = short_count(card.tokens)
@@ -49,9 +51,11 @@ def data_lines(run: RunConfig) -> list[str]:
         lines.append(f"{', '.join(phases)}: {', '.join(parts)}")
     lines += _order_lines(run)
     if missing:
-        path, word = next(iter(missing.items()))
+        # one with a suggestion first
+        path = next((path for path, said in missing.items() if said[1]), next(iter(missing)))
+        word, meant = missing[path]
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        lines.append(f"{path}{more} not {word} yet")
+        lines.append(f"{path}{more} not {word} yet{'.' if meant else ''}{meant}")
     return lines
 
 

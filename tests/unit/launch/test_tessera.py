@@ -93,6 +93,23 @@ def test_a_template_takes_the_shards_and_the_name_that_are_given(word, tmp_path)
     assert (run.name, run.out) == ("mine", "runs/mine")
 
 
+def test_a_folder_above_shards_is_refused_and_a_plan_tells_the_one_meant(tmp_path, capsys):
+    write_source(tmp_path / "mine" / "aj" / "train", random_documents(30))
+    above = tmp_path / "mine"
+    assert tessera.main(["new", "tiny", "--data", str(above)]) == 2
+    meant = f"Did you mean {above / 'aj' / 'train'}?"
+    assert f"{above} holds no shards (card.json is missing). {meant}" in capsys.readouterr().err
+    # shards that are not there may be made later; a plan says what may be meant
+    file = tmp_path / "run.yaml"
+    later = tmp_path / "mine" / "ajj" / "train"
+    assert tessera.main(["new", "tiny", "--data", str(later), "--out", str(file)]) == 0
+    capsys.readouterr()
+    assert tessera.main(["plan", str(file)]) == 0
+    assert f"{later} not prepared yet. {meant}" in capsys.readouterr().out
+    assert tessera.main(["plan", str(file), f"data.sources=[{above}]"]) == 0
+    assert f"{above} not prepared yet. {meant}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
