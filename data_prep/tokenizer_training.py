@@ -170,12 +170,12 @@ def train_tokenizer(
             )
         content = json.loads(tokenizer.to_str())
         _put_specials(content, config, appended, first_id=learned)
-        write_tokenizer_json(content, out)
+        replaced = write_tokenizer_json(content, out)
     line = (
         f"{out}: {config.vocab_size:,} entries, trained on {sample.documents:,} documents"
         f" ({sample.bytes / 1e6:.1f} MB). {''.join(notes)}"
     )
-    say(line.rstrip())
+    say(line.rstrip() + replaced)
 
 
 def _learn(

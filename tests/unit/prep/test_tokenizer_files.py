@@ -168,3 +168,19 @@ def test_a_tokenizer_that_shards_cannot_be_made_with_is_one_line(tmp_path, capsy
     assert run("tokenizer", "from-hf", tmp_path / "given.json", "--out", tmp_path / "t.json") == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1 and not (tmp_path / "t.json").exists()
+
+
+def test_a_tokenizer_in_place_of_another_says_so_and_the_same_does_not(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\n".join(texts(200)))
+    out = tmp_path / "tokenizer.json"
+    train = ("tokenizer", "train", "--files", tmp_path / "a.txt", "--out", out, "--vocab-size")
+    note = "It replaces another: shards made with that one need it."
+    for size, says in ((300, False), (300, False), (310, True)):
+        assert run(*train, size) == 0
+        assert capsys.readouterr().out.rstrip().endswith(note) == says
+    small = tmp_path / "small" / "tokenizer.json"
+    assert run(*train[:5], small, "--vocab-size", 300) == 0
+    capsys.readouterr()
+    for says in (True, False):
+        assert run("tokenizer", "from-hf", small, "--out", out) == 0
+        assert capsys.readouterr().out.rstrip().endswith(note) == says
