@@ -402,7 +402,7 @@ def _report(plan: _Plan, counts: Counts) -> None:
 
 
 def _real_texts(plans: list[_Plan], pool: SegmentPool) -> list[str]:
-    """Some short documents of every source, for the check of the encoder."""
+    """Some short documents of every source, for the check of the encoder. Raises UserError for a column that is not there."""
     texts: list[str] = []
     for plan in plans:
         texts += pool.sample(plan.source, plan.segments[0].stretches[0].file)

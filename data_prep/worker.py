@@ -158,19 +158,30 @@ class SegmentMaker:
             self._make(asked)
 
     def _sample(self, asked: SampleJob) -> Sample:
-        """Bad lines are reported later, in place."""
+        """The first block of a file. Raises UserError where all of it lacks the column; bad lines are told later, in place."""
         texts: list[str] = []
-        # one block is enough; what cannot be read in it is reported when its segment is made
-        with contextlib.suppress(ReadError), _memory_told(self):
-            self._say_place(asked.file, None)
-            for block in itertools.islice(self._blocks(asked.source, Stretch(file=asked.file)), 1):
-                texts = [text for text in parse(block).texts if len(text) < MOST_CHECK_CHARS][
-                    :CHECK_DOCUMENTS
-                ]
+        try:
+            with _memory_told(self):
+                self._say_place(asked.file, None)
+                blocks = self._blocks(asked.source, Stretch(file=asked.file))
+                for block in itertools.islice(blocks, 1):
+                    parsed = parse(block)
+                    self._check_column(parsed)
+                    short = [text for text in parsed.texts if len(text) < MOST_CHECK_CHARS]
+                    texts = short[:CHECK_DOCUMENTS]
+        except ReadError as error:
+            # what has a cause may be read at the next try; without one the file itself is wrong
+            if self._job.stop_on_error and error.__cause__ is None:
+                raise
 
         # as many texts as together stay within CHECK_CHARS
         ends = list(itertools.accumulate(map(len, texts)))
         return Sample(texts=texts[: sum(end <= CHECK_CHARS for end in ends)])
+
+    def _check_column(self, parsed: Parsed) -> None:
+        """A column that no document has is told before hours of other sources. Raises ConfigError."""
+        if self._job.stop_on_error and not parsed.texts and parsed.left_out["no text"]:
+            raise ConfigError(parsed.problem)
 
     def _make(self, asked: SegmentJob) -> None:
         with Ledger(Path(asked.folder)).making(asked.segment, asked.part) as folder:

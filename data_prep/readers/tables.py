@@ -542,7 +542,7 @@ def top(column: str, schema: Any, file: InputFile) -> str:
     if found not in names:
         raise ReadError(
             f"{file.place} has no column {column!r}. {nearest_column(column, _dotted_names(schema))}"
-            f" {SET_TEXT} or filters, name files that have it, or {SKIP}."
+            f" {SET_TEXT} or filters, or name files that have it, or {SKIP}."
         )
     if names.count(found) > 1:
         raise ReadError(

@@ -66,6 +66,43 @@ def test_a_bad_line_is_named_with_file_and_number_and_can_be_skipped(
     assert counts["documents_read"] == 21 and counts["left_out"] == {"empty": 1, reason: 1}
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_wrong_column_of_the_last_source_stops_before_the_first_is_made(tmp_path, capsys, kind):
+    write_jsonl(tmp_path / "a.jsonl", texts(20))
+    table = pyarrow.table({"txt": texts(20)})
+    if kind == "jsonl":
+        rows = [json.dumps({"txt": text}) for text in texts(20)]
+        (tmp_path / "b.jsonl").write_text("\n".join(rows) + "\n")
+    elif kind == "csv":
+        (tmp_path / "b.csv").write_text("\n".join(["txt", *texts(20)]) + "\n")
+    else:
+        pyarrow.parquet.write_table(table, tmp_path / "b.parquet")
+    sources = [
+        {"name": "a", "format": "jsonl", "files": ["a.jsonl"]},
+        {"name": "b", "format": kind, "files": [f"b.{kind}"]},
+    ]
+    config = settings(tmp_path, sources)
+    err = refused(capsys, "prepare", config)
+    assert "Did you mean txt?" in err and not (tmp_path / "shards" / "a").exists()
+    # the sentence is the one of the source's own turn
+    assert refused(capsys, "prepare", config, "--source", "b") == err
+    # and in processes of their own
+    assert refused(capsys, "prepare", config, "processes=2") == err
+    # under skip the sources are made in their turn
+    assert run("prepare", config, "on_error=skip") == 2
+    assert "source b has no document" in capsys.readouterr().err
+    assert read_card(tmp_path / "shards/a/train").documents
+
+
+def test_a_column_that_some_documents_lack_is_told_in_its_turn(tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", texts(20))
+    (tmp_path / "b.jsonl").write_bytes(GOOD + b'{"txt": "x"}\n')
+    sources = [{"name": n, "format": "jsonl", "files": [f"{n}.jsonl"]} for n in "ab"]
+    err = refused(capsys, "prepare", settings(tmp_path, sources))
+    assert "line 2 has no 'text'" in err
+    assert read_card(tmp_path / "shards/a/train").documents
+
+
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
 def test_a_file_without_rights_stops_however_errors_are_taken(
     tmp_path, capsys, monkeypatch, on_error
