@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from encoder.base.allocator import keep_freed_memory
+from encoder.base.allocator import freed_memory
 from encoder.base.command import CommandLine, count
 from encoder.base.errors import ConfigError, nearest
 from encoder.base.files import refuse_foreign
@@ -77,7 +77,7 @@ def bench(words: Sequence[str]) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cpu":
-        keep_freed_memory()  # of ours and of the peers: all run in this process
+        freed_memory.keep()  # of ours and of the peers: all run in this process
     report = Report(
         args.json,
         command=shlex.join(["python", "launch/bench.py", *words]),

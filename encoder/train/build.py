@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from encoder.base.allocator import keep_freed_memory
+from encoder.base.allocator import freed_memory
 from encoder.base.batch import TokenBatch, packed_documents
 from encoder.base.dist import World, device_index, max_over_ranks
 from encoder.base.errors import ConfigError
@@ -69,7 +69,7 @@ def choose_device(run: RunSettings, world: World) -> torch.device:
         torch.set_num_threads(max(1, cores // world.local_size))
 
     if device.type == "cpu":
-        keep_freed_memory()
+        freed_memory.keep()
         if run.engine.graphs == "micro_step":
             raise ConfigError(
                 "engine.graphs is micro_step and the device a CPU; needed: CUDA, for it is CUDA's"

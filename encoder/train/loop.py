@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from encoder.base.agreement import DeferredErrors
+from encoder.base.allocator import freed_memory
 from encoder.base.command import as_typed
 from encoder.base.dist import World, join, leave, sum_over_ranks
 from encoder.base.done import is_done
@@ -244,6 +245,7 @@ class Trainer:
             session.clock.turn_to("starting")
             self.recovery.go_back(result, wait_for_save=self.checkpointing.wait)
             return StepOutcome.ROLLED_BACK
+        freed_memory.give_back()
         return self._evaluate_and_save(before, agreed)
 
     def _evaluate_and_save(self, before: Progress, agreed: StepAgreement) -> StepOutcome:

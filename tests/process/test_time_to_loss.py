@@ -49,7 +49,7 @@ def run_file(tmp_path) -> Path:
 @pytest.fixture(autouse=True)
 def memory_is_given_back(monkeypatch):
     """Other tests measure memory in this process."""
-    monkeypatch.setattr(command, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(command.freed_memory, "keep", lambda: True)
 
 
 def asked(run_file: Path, *words: str) -> list[str]:

@@ -37,7 +37,7 @@ AGAINST = {"step": ["--against", "hf"]}
 @pytest.fixture(autouse=True)
 def memory_is_given_back(monkeypatch):
     """Other tests measure memory in this process."""
-    monkeypatch.setattr(command, "keep_freed_memory", lambda: True)
+    monkeypatch.setattr(command.freed_memory, "keep", lambda: True)
 
 
 # engine: tests/process/test_bench_engine.py, for DeepSpeed starts once a process; time-to-loss: test_time_to_loss.py beside it
