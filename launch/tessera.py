@@ -39,7 +39,7 @@ VERBS = {
     "doctor": Verb("doctor", "what would go wrong on this machine", "doctor run.yaml"),
     "pretrain": Verb("pretrain", "train, or go on from the newest checkpoint", "pretrain run.yaml"),
     "finetune": Verb(
-        "finetune", "train a model for a task on labelled rows", "finetune sentiment.yaml epochs=5"
+        "finetune", "train a model for a task on labelled rows", "finetune sentiment.yaml"
     ),
     "sweep": Verb(
         "sweep", "fine-tune over a grid and seeds, with a table", "sweep rates.yaml --parallel 2"

@@ -145,7 +145,11 @@ def check_finished(run: RunConfig, folder: Path, *, first: bool) -> None:
 
     Raises UserError as the start of an unfinished run.
     """
-    checkpoint = committed_folders(folder / CHECKPOINTS)[-1]
+    found = committed_folders(folder / CHECKPOINTS)
+    # they may be removed once the run is exported; its settings were compared
+    if not found:
+        return
+    checkpoint = found[-1]
     extra = read_progress(checkpoint)[1]
     before = read_mapping(checkpoint / RUN_FILE)
     saved = extra["card_sha256"]

@@ -166,6 +166,12 @@ def ends(world: World, *, folder: str) -> dict[str, str]:
         said[f"{name} ends"] = start(world, root, name, *settings)
     said["another"] = start(world, root, "another", "seed=5")
 
+    # removed to save room, once the run is exported
+    shutil.copytree(root / "done", root / "bare")
+    shutil.rmtree(root / "bare" / "checkpoints")
+    said["checkpoints gone"] = start(world, root, "bare")
+    said["checkpoints gone, other settings"] = start(world, root, "bare", "seed=9")
+
     other = paths(root / "few" / "train", root / "b" / "train")
     few = root / "few" / "train"
     write_source(few, random_documents(90, seed=9, longest=60), vocab_size=64)
@@ -206,6 +212,7 @@ def test_a_finished_run_refuses_other_data_and_models_and_not_that_they_are_gone
         "not there": "does not exist",
         "other weights": "init_from ",
         "other parent": "is not what this run branched off",
+        "checkpoints gone, other settings": "seed was 3, now 9",
     }
     for name, text in said.items():
         assert refused[name] in text if name in refused else text == "", (name, text)
