@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_prep.words import counts_of, words_at
+
 if TYPE_CHECKING:
     import pyarrow
     from tokenizers import Tokenizer
@@ -34,8 +36,6 @@ _SPACE, _LETTER, _DIGIT, _MARK = 1, 2, 3, 4
 
 
 def _kind(byte: int) -> int:
-    if bytes([byte]) == _END:
-        return 0
     if byte in b" \t\n\x0b\x0c\r":
         return _SPACE
     letter = chr(byte)
@@ -44,7 +44,8 @@ def _kind(byte: int) -> int:
     return _DIGIT if letter.isdigit() else _MARK
 
 
-_KINDS = bytes(map(_kind, [*range(128), *[255] * 128]))
+# of ASCII; the others, of which there is _END alone, are 0
+_KINDS = bytes(map(_kind, range(128))) + bytes(128)
 # the letters of a byte-level alphabet: those that cannot be seen stand from U+0100 on (GPT-2's bytes_to_unicode)
 _UNSEEN = [*range(33), *range(127, 161), 173]
 _SHOWN = {byte: chr(256 + number) for number, byte in enumerate(_UNSEEN) if byte < 128}
@@ -77,10 +78,7 @@ class ByteLevelCounter:
                 yield word, count
 
         joined = _END + _END.join(plain) + 3 * _END
-        found = _words(joined.lower() if self._lowercase else joined).value_counts()
-        words = found.field("values").to_pylist()
-        counts = found.field("counts").to_pylist()
-        for word, count in zip(words, counts, strict=True):
+        for word, count in counts_of(_words(joined.lower() if self._lowercase else joined)):
             yield word.decode("ascii").translate(_SHOWN), count
 
     def _parts(self, text: str) -> tuple[str, list[str]]:
@@ -108,8 +106,6 @@ def _words(joined: bytes) -> pyarrow.BinaryArray:
     ? I t ' s     a   1 ?        ? is _END
     1 1 0 1 0 1 1 0 1 0 1        begins
     """
-    import pyarrow
-
     letters = np.frombuffer(joined, np.uint8)
     kinds = np.frombuffer(joined.translate(_KINDS), np.uint8)
     begins = np.ones(len(letters), bool)
@@ -134,10 +130,4 @@ def _words(joined: bytes) -> pyarrow.BinaryArray:
 
     # words end to end, the ends of texts left out
     is_kept = kinds > 0
-    data = letters[is_kept]
-    starts_N1 = np.append(np.flatnonzero(begins[is_kept]), len(data)).astype(np.int32)
-    return pyarrow.Array.from_buffers(
-        pyarrow.binary(),
-        len(starts_N1) - 1,
-        [None, pyarrow.py_buffer(starts_N1), pyarrow.py_buffer(data)],
-    )
+    return words_at(letters[is_kept], begins[is_kept])

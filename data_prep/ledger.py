@@ -140,10 +140,10 @@ class Ledger:
             # what a killed run had renamed away, but not yet removed
             _remove(self._trash)
         found = self._made_from()
-        changed = bool(found and changes(found, made_from))
+        changed = changes(found, made_from) if found else ""
         # other parts may be at work on these segments, so only the whole may throw them away
-        if not (again and alone):
-            self.check_made_from(made_from)
+        if changed and not (again and alone):
+            raise self._made_otherwise(changed)
         if changed or not found:
             if alone:
                 self.discard()
@@ -154,10 +154,13 @@ class Ledger:
         """What is there, if anything, was made from the same. Raises ShardError."""
         found = self._made_from()
         if changed := changes(found, made_from) if found else "":
-            raise ShardError(
-                f"{self.part} holds segments made from something else ({changed}). "
-                "Prepare the whole with --again to make them anew, or set another out."
-            )
+            raise self._made_otherwise(changed)
+
+    def _made_otherwise(self, changed: str) -> ShardError:
+        return ShardError(
+            f"{self.part} holds segments made from something else ({changed}). "
+            "Prepare the whole with --again to make them anew, or set another out."
+        )
 
     @property
     def assembled(self) -> bool:

@@ -336,7 +336,7 @@ def _inside(config: TrainingConfig) -> list[str]:
     return [*first[:1], *config.unused_names, *first[1:]] if first else []
 
 
-def _parsed(source: Source, file: InputFile) -> Iterator[Parsed]:
+def parsed_blocks(source: Source, file: InputFile) -> Iterator[Parsed]:
     """The blocks of a file. Raises ConfigError for the first thing that is wrong in it: nothing is skipped here."""
     try:
         for block in read_blocks(source, file):
@@ -510,7 +510,7 @@ class _Sample:
         """The documents, each time from the first on."""
         self.documents = self.bytes = 0
         for source, file in self._files:
-            for parsed in _parsed(source, file):
+            for parsed in parsed_blocks(source, file):
                 for text in parsed.texts:
                     if text_hash(text) < self._share * 2.0**64 and self.bytes <= 2 * self._wanted:
                         self.documents += 1

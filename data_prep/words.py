@@ -114,11 +114,28 @@ class WordCounter:
 
     def __call__(self, texts: Sequence[str]) -> Iterator[tuple[str, int]]:
         """Each different word and how often it is there."""
-        found = _cut(texts, self._rules, self._characters).words_N.value_counts()
-        words = found.field("values").to_pylist()
-        counts = found.field("counts").to_pylist()
-        for word, count in zip(words, counts, strict=True):
+        for word, count in counts_of(_cut(texts, self._rules, self._characters).words_N):
             yield word.decode("utf-8"), count
+
+
+def counts_of(words_N: pyarrow.BinaryArray) -> Iterator[tuple[bytes, int]]:
+    """Each different word and how often it is there."""
+    found = words_N.value_counts()
+    yield from zip(
+        found.field("values").to_pylist(), found.field("counts").to_pylist(), strict=True
+    )
+
+
+def words_at(data: np.ndarray, begins: np.ndarray) -> pyarrow.BinaryArray:
+    """The words that lie end to end in `data`, uint8; begins: bool, at the first byte of each."""
+    import pyarrow
+
+    starts_N1 = np.append(np.flatnonzero(begins), len(data)).astype(np.int32)
+    return pyarrow.Array.from_buffers(
+        pyarrow.binary(),
+        len(starts_N1) - 1,
+        [None, pyarrow.py_buffer(starts_N1), pyarrow.py_buffer(data)],
+    )
 
 
 class _KnownWords:
@@ -263,8 +280,6 @@ def _cut(texts: Sequence[str], rules: WordRules, characters: KnownCharacters) ->
     1 0 0 0 1 0 0 0 0 1        gap
       ^       ^     ^          begins, where marks stand alone
     """
-    import pyarrow
-
     # more at the end, since a character is looked at by three bytes
     encoded = [text.encode("utf-8") for text in texts]
     joined = _END + _END.join(encoded) + 3 * _END
@@ -282,13 +297,7 @@ def _cut(texts: Sequence[str], rules: WordRules, characters: KnownCharacters) ->
     # words end to end, the gaps left out
     if rules.lowercase:
         joined = joined.translate(_TO_LOWER)
-    data = np.frombuffer(joined, np.uint8)[~is_gap]
-    starts_N1 = np.append(np.flatnonzero(begins[~is_gap]), len(data)).astype(np.int32)
-    words_N = pyarrow.Array.from_buffers(
-        pyarrow.binary(),
-        len(starts_N1) - 1,
-        [None, pyarrow.py_buffer(starts_N1), pyarrow.py_buffer(data)],
-    )
+    words_N = words_at(np.frombuffer(joined, np.uint8)[~is_gap], begins[~is_gap])
     ends_D = np.cumsum([len(text) + 1 for text in encoded])
     return _CutTexts(words_N=words_N, ends_D=np.searchsorted(np.flatnonzero(begins), ends_D))
 

@@ -174,18 +174,15 @@ def _usual(args: argparse.Namespace) -> list[str]:
 
 def _read_texts(patterns: Sequence[str], column: str, most: int) -> list[str]:
     """The first texts of the files, in their order. Raises UserError."""
-    from data_prep.readers import find_files, numbered, parse, read_blocks
+    from data_prep.readers import find_files
     from data_prep.readers.cures import told_of_options
-    from data_prep.tokenizer_training import sources_of
+    from data_prep.tokenizer_training import parsed_blocks, sources_of
 
     found: list[str] = []
     with told_of_options():
         for source in sources_of(patterns, text=column):
             for file in find_files(source, Path()):
-                for block in read_blocks(source, file):
-                    parsed = parse(block)
-                    if parsed.problem:
-                        raise ConfigError(parse(numbered(block, file)).problem)
+                for parsed in parsed_blocks(source, file):
                     found += parsed.texts
                     if len(found) >= most:
                         return found[:most]

@@ -75,16 +75,14 @@ def parse(block: Block) -> Parsed:
                 "no text",
                 f"{place} has no {source.text!r}. {_instead(source, row, result)}, or {SKIP}.",
             )
-        elif isinstance(text, dict) and not result.problem:
-            result.leave_out(
-                "no text",
-                f"{place}: {source.text!r} is {named(text)}; needed: text."
-                f" {holds(dotted_names(text, above=f'{source.text}.'))} {SET_TEXT}, or {SKIP}.",
-            )
         else:
+            cure = "Repair it"
+            # the first sentence is kept; of an object it says what is in it
+            if isinstance(text, dict) and not result.problem:
+                cure = f"{holds(dotted_names(text, above=f'{source.text}.'))} {SET_TEXT}"
             result.leave_out(
                 "no text",
-                f"{place}: {source.text!r} is {named(text)}; needed: text. Repair it, or {SKIP}.",
+                f"{place}: {source.text!r} is {named(text)}; needed: text. {cure}, or {SKIP}.",
             )
     return result
 

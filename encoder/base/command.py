@@ -13,12 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from encoder.base.errors import (
-    ConfigError,
-    UserError,
-    nearest,
-    why_unreadable,
-)
+from encoder.base.errors import ConfigError, UserError, nearest, why_unreadable
 from encoder.base.log import (
     flush_output,
     let_go,

@@ -35,10 +35,12 @@ def is_hidden(path: Path, *, below: Path) -> bool:
 def meant_beside(path: Path, *, folders: bool = False, endings: Collection[str] = ()) -> str:
     """' Did you mean runs/own?' for a path that is not there, and is another but for one misspelt name; else "".
 
-    path: that is not there
+    path: that is most likely not there
     folders: whether folders are meant, else files
     endings: of the files that can be meant; none: all
     """
+    if path.exists():
+        return ""
     # the outermost name that is not there, and what is to follow it
     behind: list[str] = []
     while not path.parent.exists():

@@ -94,10 +94,8 @@ MOST_CELL_BYTES = 2**27
 def check_file(path: Path) -> None:
     """A file is there, of a kind that is read. Raises DataError."""
     if not path.is_file():
-        found, meant = "is a folder", ""
-        if not path.is_dir():
-            found = "does not exist"
-            meant = meant_beside(path, endings=READERS)
+        found = "is a folder" if path.is_dir() else "does not exist"
+        meant = meant_beside(path, endings=READERS)
         raise DataError(f"{path} {found}; needed: a file ending in {', '.join(READERS)}.{meant}")
     if path.suffix.lower() not in READERS:
         raise DataError(f"{path} ends in {path.suffix!r}; needed: {', '.join(READERS)}.")

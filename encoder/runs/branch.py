@@ -69,13 +69,10 @@ def find_parent(run: RunConfig, world: World, *, facts: DataFacts | None = None)
     path = Path(run.branch_from)
     is_checkpoint = (path / COMMITTED).is_file()
     if not is_checkpoint and not (path / CHECKPOINTS).is_dir():
-        found, meant = "is no checkpoint and no run folder", ""
-        if not path.is_dir():
-            found = "does not exist"
-            meant = meant_beside(path, folders=True)
+        found = "is no checkpoint and no run folder" if path.is_dir() else "does not exist"
         raise CheckpointError(
             f"branch_from {path} {found}; needed: a run folder or one of its checkpoints, whose"
-            f" optimizer state the run goes on with. Weights alone: init_from.{meant}"
+            f" optimizer state the run goes on with. Weights alone: init_from.{meant_beside(path, folders=True)}"
         )
     checkpoint: Path | None = path
     if not is_checkpoint:

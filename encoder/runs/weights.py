@@ -110,11 +110,8 @@ def read_saved_run(path: Path) -> RunConfig:
 
 def _check_is_folder(path: Path) -> None:
     if not path.is_dir():
-        found, meant = "is a file", ""
-        if not path.exists():
-            found = "does not exist"
-            meant = meant_beside(path, folders=True)
-        raise ModelError(f"{path} {found}; needed: {_KINDS}.{meant}")
+        found = "is a file" if path.exists() else "does not exist"
+        raise ModelError(f"{path} {found}; needed: {_KINDS}.{meant_beside(path, folders=True)}")
 
 
 def _newest_folder(path: Path) -> Path | None:

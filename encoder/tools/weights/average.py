@@ -98,10 +98,8 @@ def _newest_of(path: Path) -> Path:
 
 def _checked(checkpoint: Path) -> StoredModel:
     if not (checkpoint / COMMITTED).is_file():
-        found, meant = "is no committed checkpoint", ""
-        if not checkpoint.is_dir():
-            found = "does not exist"
-            meant = meant_beside(checkpoint, folders=True)
+        found = "is no committed checkpoint" if checkpoint.is_dir() else "does not exist"
+        meant = meant_beside(checkpoint, folders=True)
         raise CheckpointError(
             f"{checkpoint} {found}; needed: folders of RUN/checkpoints, or a run folder.{meant}"
         )
