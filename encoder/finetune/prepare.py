@@ -188,6 +188,26 @@ def prepare(task: FineTuneConfig, start: Start, *, last: LastRows | None = None)
     """
     body, encoder = _body_and_encoder(task, start)
     sets = (last or LastRows()).sets(task, encoder, start)
+    return _prepared(task, body, encoder, sets)
+
+
+def prepare_training(task: FineTuneConfig, start: Start) -> Prepared:
+    """As prepare, of the training rows alone. Raises UserError with file and row."""
+    body, encoder = _body_and_encoder(task, start)
+    rows = _encode_training(task, encoder, start)
+    sets = EncodedSets(kind=rows.kind, train=rows.train, dev=[], test=[], rows_of=rows.rows_of)
+    return _prepared(task, body, encoder, sets)
+
+
+def _prepared(
+    task: FineTuneConfig, body: ModelConfig, encoder: TextEncoder, sets: EncodedSets
+) -> Prepared:
+    """The task with what is known of it.
+
+    task: as it was read
+    body, encoder: of `_body_and_encoder`
+    sets: its rows, encoded
+    """
     task = dataclasses.replace(task, task=sets.kind, body=body)
     return Prepared(
         task=task,
@@ -197,20 +217,6 @@ def prepare(task: FineTuneConfig, start: Start, *, last: LastRows | None = None)
         dev=sets.dev,
         test=sets.test,
         rows_of=sets.rows_of,
-    )
-
-
-def prepare_training(task: FineTuneConfig, start: Start) -> Prepared:
-    """As prepare, of the training rows alone. Raises UserError with file and row."""
-    body, encoder = _body_and_encoder(task, start)
-    rows = _encode_training(task, encoder, start)
-    task = dataclasses.replace(task, task=rows.kind, body=body)
-    return Prepared(
-        task=task,
-        head=head_shape(task, encoder.specials),
-        encoder=encoder,
-        train_set=rows.train,
-        rows_of=rows.rows_of,
     )
 
 
